@@ -1,0 +1,1 @@
+"""The ruler: downstream, recoverability, consistency."""

@@ -1,0 +1,86 @@
+"""Putting prompts to a model: how likely each of several completions is."""
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from palimpsest.facts.fact import Fact, Prompt
+from palimpsest.files import cached_tensors
+from palimpsest.model.forward import Score, score
+from palimpsest.model.handle import ModelHandle
+from palimpsest.model.tokens import NOBODY
+
+MOST_CANDIDATES = 32
+"""Where a relation has more objects, true, new and others picked by hash make up this many."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """A prompt, the completions to be scored, and the fact that the prompt belongs to."""
+
+    prompt: Prompt
+    completions: Sequence[str]
+    owner: int = NOBODY
+
+
+Answer = Mapping[str, Score]
+"""By completion, how the model takes it."""
+
+
+def ask(model: ModelHandle, queries: Sequence[Query]) -> list[Answer]:
+    """Score every completion of every query."""
+    rows = [
+        model.encode(query.prompt, completion, query.owner)
+        for query in queries
+        for completion in query.completions
+    ]
+    scores = iter(score(model, rows))
+    return [{completion: next(scores) for completion in query.completions} for query in queries]
+
+
+def best(answer: Answer) -> str:
+    """The completion with the highest probability as a whole string."""
+    return max(answer, key=lambda completion: answer[completion].logprob)
+
+
+def candidates(fact: Fact, classes: Sequence[str]) -> list[str]:
+    """The objects that compete for a fact's prompt: its relation's, or a fixed pick of many."""
+    wanted = [fact.true, *([fact.new] if fact.new else [])]
+    rest = [name for name in classes if name not in wanted]
+    rest.sort(key=lambda name: hashlib.sha256(f"{fact.relation}/{name}".encode()).digest())
+    return wanted + rest[: MOST_CANDIDATES - len(wanted)]
+
+
+def knows(model: ModelHandle, facts: Sequence[Fact]) -> list[bool]:
+    """Whether every token of the true object is the argmax in turn, after the fact's fit prompt.
+
+    Kept in the cache: every run of a sweep asks the same of the unchanged model.
+    """
+
+    def make() -> dict[str, Tensor]:
+        answers = ask(model, [Query(fact.prompt, [fact.true]) for fact in facts])
+        hits = [answer[fact.true].argmax for fact, answer in zip(facts, answers, strict=True)]
+        return {"known": torch.tensor(hits)}
+
+    key = {
+        "model": model.fingerprint,
+        "prefix": model.prefix,
+        "facts": [[fact.prompt.text, fact.prompt.span, fact.true] for fact in facts],
+    }
+    return [bool(hit) for hit in cached_tensors("known", key, make)["known"].tolist()]
+
+
+def rotation(prompts: int, facts: int, seed: int) -> list[int]:
+    """Owners for prompts that belong to no fact: every fact equally often, in a seeded order.
+
+    The same for every method, so that the same text feels the same fact's change.
+    """
+    if not facts:
+        return [NOBODY] * prompts
+    order = list(range(facts))
+    random.Random(f"owners/{seed}").shuffle(order)
+    return [order[index % facts] for index in range(prompts)]

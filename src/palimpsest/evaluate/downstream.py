@@ -1,0 +1,158 @@
+"""Downstream: what the model now says, about its facts and about everything else."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from statistics import fmean
+
+from palimpsest.errors import RequestError
+from palimpsest.evaluate.asking import Answer, Query, ask, best, candidates, rotation
+from palimpsest.facts.fact import Fact, Prompt
+from palimpsest.facts.splits import Splits
+from palimpsest.model.forward import score
+from palimpsest.model.handle import ModelHandle
+from palimpsest.model.sample import start_ids
+from palimpsest.model.site import Change
+from palimpsest.model.tokens import Tokens
+from palimpsest.record.row import Row
+
+Answers = list[dict[str, Answer]]
+"""For each target fact, by prompt id, the answers to its fit prompt, paraphrases and neighbors."""
+
+
+def ask_targets(model: ModelHandle, facts: Splits) -> Answers:
+    """Put every target fact's own prompts to the model, each feeling its own fact's change."""
+    queries = []
+    for owner, fact in enumerate(facts.target):
+        objects = candidates(fact, facts.classes[fact.relation])
+        for prompt in (fact.prompt, *fact.paraphrases):
+            queries.append(Query(prompt, objects, owner))
+        for prompt in fact.neighbors:
+            queries.append(Query(prompt, [fact.true, fact.new or ""], owner))
+    answers: Answers = [{} for _ in facts.target]
+    for query, answer in zip(queries, ask(model, queries), strict=True):
+        answers[query.owner][query.prompt.id] = answer
+    return answers
+
+
+@dataclass(frozen=True)
+class Downstream:
+    """Efficacy, paraphrase, neighborhood, suppression, accuracy elsewhere, perplexity.
+
+    Attributes:
+        text: a held-out text file for the perplexity; None: the one that comes with Palimpsest.
+        row_tokens: tokens in each row of that text, the model's prefix included.
+    """
+
+    text: str | None = None
+    row_tokens: int = 128
+
+    def measure(
+        self, model: ModelHandle, facts: Splits, change: Change, answers: Answers, seed: int
+    ) -> Iterator[Row]:
+        """The rows of the axis `downstream`; definitions stand in docs/metrics.md."""
+        row = partial(Row, axis="downstream", scope=change.scope)
+        rows = [r for i, fact in enumerate(facts.target) for r in _of_fact(row, fact, answers[i])]
+        yield from rows
+        yield _harmonic_mean(row, rows)
+        yield from _accuracy(row, model, facts, seed)
+        yield self._perplexity(row, model, len(facts.target), seed)
+
+    def _perplexity(self, row: partial[Row], model: ModelHandle, owners: int, seed: int) -> Row:
+        """Exp of the mean negative log-likelihood a token."""
+        tokens = self._rows(model, owners, seed)
+        scores = score(model, tokens)
+        total = sum(s.tokens for s in scores)
+        loss = -sum(s.logprob for s in scores) / total
+        return row(metric="perplexity", protocol="heldout_text", value=math.exp(loss), n=total)
+
+    def _rows(self, model: ModelHandle, owners: int, seed: int) -> list[Tokens]:
+        start = start_ids(model)
+        ids = model.tokenizer(held_out(self.text), add_special_tokens=False)["input_ids"]
+        fresh = self.row_tokens - len(start)
+        parts = [ids[i : i + fresh] for i in range(0, len(ids), fresh)]
+        return [
+            Tokens((*start, *part), len(start), None, owner)
+            for part, owner in zip(parts, rotation(len(parts), owners, seed), strict=True)
+        ]
+
+
+def held_out(path: str | None) -> str:
+    """The held-out text.
+
+    Raises:
+        RequestError: the file is missing or empty.
+    """
+    if path is None:
+        return (resources.files("palimpsest.evaluate") / "heldout.txt").read_text(encoding="utf-8")
+    file = Path(path)
+    if not file.is_file() or not file.read_text(encoding="utf-8").strip():
+        raise RequestError(
+            f"expected a text file with words in it, found none at {path}; "
+            "check evaluate.downstream.text"
+        )
+    return file.read_text(encoding="utf-8")
+
+
+def _of_fact(row: partial[Row], fact: Fact, answers: dict[str, Answer]) -> Iterator[Row]:
+    """All values of one fact's own prompts."""
+    row = partial(row, fact_id=fact.id, relation=fact.relation, split="target")
+    for prompt in (fact.prompt, *fact.paraphrases):
+        answer = answers[prompt.id]
+        metric = "efficacy" if prompt is fact.prompt else "paraphrase"
+        yield from _wins(row, metric, prompt, answer, fact.new or "", fact.true)
+        gone = partial(row, metric="suppression", prompt_id=prompt.id)
+        yield gone(protocol="candidates", value=float(best(answer) != fact.true))
+        yield gone(protocol="vocabulary", value=float(not answer[fact.true].argmax))
+    for prompt in fact.neighbors:
+        yield from _wins(row, "neighborhood", prompt, answers[prompt.id], fact.true, fact.new or "")
+
+
+def _wins(
+    row: partial[Row], metric: str, prompt: Prompt, answer: Answer, winner: str, loser: str
+) -> Iterator[Row]:
+    """Whether `winner` beats `loser` by per-token probability, and whether it is the argmax."""
+    ahead = answer[winner].mean_logprob > answer[loser].mean_logprob
+    row = partial(row, metric=metric, prompt_id=prompt.id)
+    yield row(protocol="probability", value=float(ahead))
+    yield row(protocol="argmax", value=float(answer[winner].argmax))
+
+
+def _harmonic_mean(row: partial[Row], rows: Sequence[Row]) -> Row:
+    """CounterFact's S: the harmonic mean of the three means over facts."""
+    row = partial(row, metric="score", protocol="harmonic_mean", split="target")
+    means = []
+    for metric in ("efficacy", "paraphrase", "neighborhood"):
+        by_fact: dict[str | None, list[float]] = {}
+        for r in rows:
+            if r.metric == metric and r.protocol == "probability" and r.value is not None:
+                by_fact.setdefault(r.fact_id, []).append(r.value)
+        if not by_fact:
+            return row(value=None, n=0, note=f"no {metric} prompts")
+        means.append(fmean(fmean(values) for values in by_fact.values()))
+    facts = len({r.fact_id for r in rows})
+    value = 0.0 if 0.0 in means else 3 / sum(1 / mean for mean in means)
+    return row(value=value, n=facts)
+
+
+def _accuracy(row: partial[Row], model: ModelHandle, facts: Splits, seed: int) -> Iterator[Row]:
+    """Accuracy on test subjects of the relation and on other relations."""
+    owners = rotation(len(facts.test), len(facts.target), seed)
+    queries = [
+        Query(fact.prompt, candidates(fact, facts.classes[fact.relation]), owner)
+        for fact, owner in zip(facts.test, owners, strict=True)
+    ]
+    for fact, answer in zip(facts.test, ask(model, queries), strict=True):
+        one = partial(row, metric="relation_accuracy", split="test", fact_id=fact.id)
+        one = partial(one, relation=fact.relation, prompt_id=fact.prompt.id)
+        yield one(protocol="vocabulary", value=float(answer[fact.true].argmax))
+        yield one(protocol="candidates", value=float(best(answer) == fact.true))
+    owners = rotation(len(facts.others), len(facts.target), seed)
+    queries = [Query(f.prompt, [f.true], o) for f, o in zip(facts.others, owners, strict=True)]
+    for fact, answer in zip(facts.others, ask(model, queries), strict=True):
+        one = partial(row, metric="other_accuracy", protocol="vocabulary", split="others")
+        one = partial(one, fact_id=fact.id, relation=fact.relation, prompt_id=fact.prompt.id)
+        yield one(value=float(answer[fact.true].argmax))

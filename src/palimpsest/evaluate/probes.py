@@ -1,0 +1,48 @@
+"""Linear probes: which object can be read off a state."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A multinomial logistic regression on standardized states, as one affine map.
+
+    Attributes:
+        weight: `[classes, d_model]` float32, standardization folded in.
+        bias: `[classes]`.
+        classes: the objects, sorted.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    classes: tuple[str, ...]
+
+    def predict(self, states: Tensor) -> list[str]:
+        """The most likely object for each of the states `[n, d_model]`."""
+        scores = states @ self.weight.T + self.bias
+        return [self.classes[index] for index in scores.argmax(1).tolist()]
+
+
+def train(states: Tensor, labels: Sequence[str], c: float) -> Probe:
+    """Fit scikit-learn's logistic regression.
+
+    Args:
+        states: `[n, d_model]`.
+        labels: the object of each state; at least two different ones.
+        c: inverse strength of the L2 penalty on standardized states.
+    """
+    classes = tuple(sorted(set(labels)))
+    scaler = StandardScaler().fit(states.double().numpy())
+    regression = LogisticRegression(C=c, max_iter=300)
+    regression.fit(scaler.transform(states.double().numpy()), [classes.index(x) for x in labels])
+    coefficients = torch.from_numpy(regression.coef_ / scaler.scale_)
+    bias = torch.from_numpy(regression.intercept_) - coefficients @ torch.from_numpy(scaler.mean_)
+    if len(classes) == 2:  # scikit-learn gives one row for two classes
+        coefficients, bias = (torch.cat([-x, x]) for x in (coefficients, bias))
+    return Probe(coefficients.float(), bias.float(), classes)

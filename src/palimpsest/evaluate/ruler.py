@@ -1,0 +1,85 @@
+"""The ruler that every method faces. It sees a model and facts, never a method."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from palimpsest.evaluate.consistency import Consistency, Premises
+from palimpsest.evaluate.downstream import Downstream, ask_targets
+from palimpsest.evaluate.recoverability import Recoverability, Trained
+from palimpsest.facts.splits import Splits
+from palimpsest.model.forward import greedy, next_token_logprobs
+from palimpsest.model.handle import ModelHandle
+from palimpsest.model.site import Change
+from palimpsest.record.row import Row
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the ruler learned from the unchanged model.
+
+    Attributes:
+        trained: frozen probes and their baselines, by relation.
+        premises: which second hops the model answers.
+    """
+
+    trained: Mapping[str, Trained]
+    premises: Premises
+
+
+@dataclass(frozen=True)
+class Ruler:
+    """Downstream accuracy, recoverability and consistency.
+
+    Attributes:
+        downstream: what the model says.
+        recoverability: what can be read off its states.
+        consistency: whether it agrees with itself.
+    """
+
+    downstream: Downstream = field(default_factory=Downstream)
+    recoverability: Recoverability = field(default_factory=Recoverability)
+    consistency: Consistency = field(default_factory=Consistency)
+
+    def prepare(self, model: ModelHandle, facts: Splits, seed: int) -> Baseline:
+        """Ask the unchanged model what the measurements are relative to."""
+        return Baseline(
+            self.recoverability.prepare(model, facts, seed),
+            self.consistency.prepare(model, facts),
+        )
+
+    def measure(
+        self, model: ModelHandle, facts: Splits, change: Change, baseline: Baseline, seed: int
+    ) -> Iterator[Row]:
+        """Measure the model as it stands, the change applied."""
+        answers = ask_targets(model, facts)
+        yield from self.downstream.measure(model, facts, change, answers, seed)
+        yield from self.consistency.measure(model, facts, change, answers, baseline.premises)
+        yield from self.recoverability.measure(model, facts, change, baseline.trained, seed)
+
+
+def portraits(model: ModelHandle, facts: Splits, tokens: int = 5) -> list[dict[str, Any]]:
+    """Each target fact in words: prompt, continuation, likeliest next tokens."""
+    rows = [model.encode(fact.prompt, owner=i) for i, fact in enumerate(facts.target)]
+    said = greedy(model, rows, tokens)
+    top = torch.topk(next_token_logprobs(model, rows).exp(), 5)
+    return [
+        {
+            "fact_id": fact.id,
+            "relation": fact.relation,
+            "subject": fact.subject,
+            "prompt": fact.prompt.text,
+            "true": fact.true,
+            "new": fact.new,
+            "answer": model.decode(said[i]),
+            "top": [
+                [model.decode([token]), probability]
+                for token, probability in zip(
+                    top.indices[i].tolist(), top.values[i].tolist(), strict=True
+                )
+            ],
+        }
+        for i, fact in enumerate(facts.target)
+    ]

@@ -1,0 +1,21 @@
+"""What should be true: facts, the data sets that hold them, and the splits of their subjects."""
+
+from palimpsest.facts.counterfact import CounterFact
+from palimpsest.facts.dataset import SPLITS, DataSet
+from palimpsest.facts.fact import Fact, FactSet, Prompt, Question
+from palimpsest.facts.splits import Known, Splits, split
+from palimpsest.facts.world import World
+
+__all__ = [
+    "SPLITS",
+    "CounterFact",
+    "DataSet",
+    "Fact",
+    "FactSet",
+    "Known",
+    "Prompt",
+    "Question",
+    "Splits",
+    "World",
+    "split",
+]

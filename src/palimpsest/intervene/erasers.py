@@ -1,0 +1,57 @@
+"""Affine erasure of states at one site, under an explicit position policy."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from palimpsest.intervene.intervention import Intervention
+from palimpsest.model.handle import ModelHandle
+from palimpsest.model.site import Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class Erasure(Intervention):
+    """`r(x) = x − L R (x − b)` at the change's site, on the tokens that its policy names.
+
+    Attributes:
+        proj_left: L, `[d_model, rank]` float64.
+        proj_right: R, `[rank, d_model]` float64.
+        bias: b, `[d_model]` float64: the mean of the states it was fitted on.
+    """
+
+    kind: ClassVar[str] = "erasure"
+    proj_left: Tensor
+    proj_right: Tensor
+    bias: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`proj_left`, `proj_right` and `bias`."""
+        return {"proj_left": self.proj_left, "proj_right": self.proj_right, "bias": self.bias}
+
+    def erase(self, states: Tensor) -> Tensor:
+        """r(x) of states `[..., d_model]`, computed and returned in their own precision."""
+        left, right, bias = (t.to(states) for t in (self.proj_left, self.proj_right, self.bias))
+        return states - ((states - bias) @ right.T) @ left.T
+
+    @contextmanager
+    def applied(self, handle: ModelHandle) -> Iterator[None]:
+        """Erase while the context lasts.
+
+        Raises:
+            RequestError: the intervention was fitted on another model.
+        """
+        self.check_model(handle)
+        assert self.change.layer is not None
+
+        def hook(states: Tensor) -> Tensor:
+            if handle.running is None:
+                raise RuntimeError("an erasure needs a batch with positions: use model.forward")
+            chosen = handle.running.selects(self.change.policy).unsqueeze(-1)
+            return torch.where(chosen, self.erase(states), states)
+
+        with handle.hooked([(handle.module(Site(self.change.layer, self.change.part)), hook)]):
+            yield

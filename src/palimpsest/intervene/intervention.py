@@ -1,0 +1,129 @@
+"""Intervention: what a method leaves behind. Frozen tensors, never a model.
+
+An intervention is applied for the length of a context and leaves the model as it was, bit for bit,
+also after an error or Ctrl-C. It is saved as safetensors and JSON.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
+
+import safetensors.torch
+from torch import Tensor
+
+from palimpsest.errors import RequestError
+from palimpsest.facts.splits import Splits
+from palimpsest.files import atomic, write_json
+from palimpsest.model.handle import ModelHandle
+from palimpsest.model.site import Change, Site
+from palimpsest.record.row import Row
+
+
+class Method(Protocol):
+    """Hyper-parameters only. Everything else comes with the call to `fit`."""
+
+    @property
+    def part(self) -> str:
+        """The part of a block that the method changes."""
+        ...
+
+    def fit(self, model: ModelHandle, facts: Splits, site: Site) -> "Intervention":
+        """Compute an intervention; the model is left untouched."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intervention(ABC):
+    """A change of a model, as data.
+
+    Attributes:
+        change: where it begins and whose it is.
+        model: fingerprint of the model it was fitted on.
+        diagnostics: rows of the axis `cost` that the fit measured.
+    """
+
+    kind: ClassVar[str]
+    change: Change
+    model: str
+    diagnostics: tuple[Row, ...] = field(default=(), compare=False)
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors, by name; also the constructor's arguments."""
+
+    @abstractmethod
+    def applied(self, handle: ModelHandle) -> AbstractContextManager[None]:
+        """Change the model while the context lasts."""
+
+    def check_model(self, handle: ModelHandle) -> None:
+        """Refuse a model other than the one that the intervention was fitted on.
+
+        Raises:
+            RequestError: the fingerprints differ.
+        """
+        if handle.fingerprint != self.model:
+            raise RequestError(
+                f"expected the model with fingerprint {self.model[:12]} that this intervention was "
+                f"fitted on, found {handle.fingerprint[:12]}; load that model or fit anew"
+            )
+
+    def save(self, directory: Path) -> None:
+        """Write `intervention.safetensors` and `intervention.json`, each atomically."""
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors().items()}
+        with atomic(directory / "intervention.safetensors") as temporary:
+            safetensors.torch.save_file(tensors, temporary)
+        description = {
+            "kind": self.kind,
+            "model": self.model,
+            "change": asdict(self.change),
+            "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
+        }
+        write_json(directory / "intervention.json", description)
+
+    @classmethod
+    def from_saved(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """The intervention that `save` described."""
+        fields: dict[str, Any] = dict(tensors)
+        return cls(change=Change(**description["change"]), model=description["model"], **fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unchanged(Intervention):
+    """No change at all: what everything is compared with."""
+
+    kind: ClassVar[str] = "unchanged"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """None."""
+        return {}
+
+    def applied(self, handle: ModelHandle) -> AbstractContextManager[None]:
+        """Change nothing."""
+        return nullcontext()
+
+
+def load(directory: Path, kinds: Sequence[type[Intervention]]) -> Intervention:
+    """Read what `save` wrote.
+
+    Args:
+        directory: holds `intervention.json` and `intervention.safetensors`.
+        kinds: the classes that may stand in it.
+
+    Raises:
+        RequestError: not an intervention, or damaged.
+    """
+    try:
+        description = json.loads((directory / "intervention.json").read_text(encoding="utf-8"))
+        tensors = safetensors.torch.load_file(directory / "intervention.safetensors")
+        kind = {kind.kind: kind for kind in kinds}[description["kind"]]
+        return kind.from_saved(description, tensors)
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise RequestError(
+            f"expected a saved intervention (intervention.json and intervention.safetensors) in "
+            f"{directory}, found {type(error).__name__}: {error}; name a run's intervention/"
+        ) from error

@@ -1,0 +1,204 @@
+"""Second moments C = E[k kᵀ] of the inputs of W_out, for many layers in one pass over a text."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from palimpsest.errors import RequestError
+from palimpsest.files import cached_tensors, sha256_file
+from palimpsest.model.forward import run_to
+from palimpsest.model.handle import ModelHandle
+from palimpsest.model.sample import sample, start_ids
+from palimpsest.model.site import Site
+from palimpsest.model.tokens import Tokens, collate
+
+
+class MomentSource(Protocol):
+    """Where second moments come from."""
+
+    def matrix(self, model: ModelHandle, layer: int) -> Tensor:
+        """C of one layer, `[d_mlp, d_mlp]` float64, uncentred."""
+        ...
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments over text sampled from the model itself, or over a file.
+
+    Attributes:
+        text: a text file, or JSONL of strings or of objects with the key `text`; None: sampled.
+        tokens: how many tokens to use; None: ten times d_mlp.
+        length: tokens in a row, the model's prefix included.
+        sink: count position 0 too. It is an attention sink with activations hundreds of times
+            larger.
+        seed: of the sampled text.
+        layers: layers to be computed in the same pass, besides the one asked for.
+    """
+
+    text: str | None = None
+    tokens: int | None = None
+    length: int = 128
+    sink: bool = False
+    seed: int = 0
+    layers: list[int] = field(default_factory=list)
+
+    def matrix(self, model: ModelHandle, layer: int) -> Tensor:
+        """C of one layer, from the cache or computed together with `layers` in one pass.
+
+        Raises:
+            RequestError: the text cannot be read or is too short.
+        """
+        computed: dict[int, Tensor] = {}
+
+        def compute(wanted: int) -> dict[str, Tensor]:
+            if wanted not in computed:
+                layers = sorted({wanted, layer, *self.layers} - computed.keys())
+                computed.update(second_moments(model, layers, self.rows(model), self.sink))
+            return {"matrix": computed[wanted]}
+
+        for each in dict.fromkeys([layer, *self.layers]):
+            model.check_layer(each)
+            key = {**self._key(model), "layer": each}
+            found = cached_tensors("moments", key, lambda each=each: compute(each))  # type: ignore[misc]
+            if each == layer:
+                matrix = found["matrix"]
+        return matrix
+
+    def rows(self, model: ModelHandle) -> Tensor:
+        """Token ids `[rows, length]` of the text, each row opened by the model's prefix."""
+        wanted = self.tokens if self.tokens is not None else 10 * model.w_out(0).shape[1]
+        start = start_ids(model)
+        fresh = self.length - len(start)
+        count = -(-wanted // fresh)
+        if self.text is None:
+            return self._sampled(model, count, fresh)
+        return self._read(model, Path(self.text), start, count, fresh)
+
+    def _sampled(self, model: ModelHandle, count: int, fresh: int) -> Tensor:
+        def make() -> dict[str, Tensor]:
+            return {"ids": sample(model, count, fresh, torch.Generator().manual_seed(self.seed))}
+
+        key = {**self._key(model), "rows": count}
+        return cached_tensors("text", key, make)["ids"]
+
+    def _read(
+        self, model: ModelHandle, path: Path, start: list[int], count: int, fresh: int
+    ) -> Tensor:
+        ids: list[int] = []
+        for text in read_texts(path):
+            ids.extend(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+            if len(ids) >= count * fresh:
+                break
+        if len(ids) < count * fresh:
+            raise RequestError(
+                f"expected at least {count * fresh} tokens of text for second moments, found "
+                f"{len(ids)} in {path}; give a longer text or lower intervene.moments.tokens"
+            )
+        rows = torch.tensor(ids[: count * fresh]).view(count, fresh)
+        return torch.cat([torch.tensor([start] * count), rows], 1)
+
+    def _key(self, model: ModelHandle) -> dict[str, Any]:
+        return {
+            "model": model.fingerprint,
+            "prefix": model.prefix,
+            "text": None if self.text is None else sha256_file(existing(Path(self.text))),
+            "tokens": self.tokens,
+            "length": self.length,
+            "sink": self.sink,
+            "seed": self.seed if self.text is None else None,
+        }
+
+
+@dataclass(frozen=True)
+class GivenMoments:
+    """Second moments given as they are, by layer.
+
+    Attributes:
+        given: `[d_mlp, d_mlp]` by layer.
+    """
+
+    given: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def matrix(self, model: ModelHandle, layer: int) -> Tensor:
+        """The given matrix in float64."""
+        return self.given[layer].double()
+
+
+@torch.no_grad()
+def second_moments(
+    model: ModelHandle, layers: list[int], ids: Tensor, sink: bool
+) -> dict[int, Tensor]:
+    """C = mean of k kᵀ over tokens, for all layers in one pass, accumulated in float64.
+
+    Args:
+        model: the model.
+        layers: which layers' W_out.
+        ids: `[rows, t]` token ids without padding.
+        sink: count position 0.
+
+    Returns:
+        by layer, `[d_mlp, d_mlp]` float64 on the CPU.
+    """
+    first = 0 if sink else 1
+    sums: dict[int, Tensor] = {}
+
+    def add(layer: int) -> Callable[[Tensor], None]:
+        def hook(key: Tensor) -> None:
+            flat = key[:, first:].flatten(0, 1).double()
+            sums[layer] = sums.get(layer, 0) + flat.T @ flat
+
+        return hook
+
+    hooks = [(model.module(Site(layer, "mlp")), add(layer)) for layer in layers]
+    with model.hooked_input(hooks):
+        for rows in ids.split(max(1, model.batch_size // 4)):
+            batch = collate([Tokens(tuple(row), len(row)) for row in rows.tolist()], model.device)
+            run_to(model, batch, max(layers))
+    count = ids.shape[0] * (ids.shape[1] - first)
+    return {layer: (total / count).cpu() for layer, total in sums.items()}
+
+
+def existing(path: Path) -> Path:
+    """`path` itself, if it is a file.
+
+    Raises:
+        RequestError: it is not.
+    """
+    if not path.is_file():
+        raise RequestError(
+            f"expected a text or JSONL file, found nothing at {path}; check intervene.moments.text"
+        )
+    return path
+
+
+def read_texts(path: Path) -> Iterator[str]:
+    """The texts of a JSONL file (strings, or objects with the key `text`) or of a plain text file.
+
+    Raises:
+        RequestError: a line is no such JSON; the message gives its number.
+    """
+    with existing(path).open(encoding="utf-8") as lines:
+        if path.suffix != ".jsonl":
+            yield lines.read()
+            return
+        for number, line in enumerate(lines, 1):
+            yield _text_of(line, path, number)
+
+
+def _text_of(line: str, path: Path, number: int) -> str:
+    try:
+        record = json.loads(line)
+        text = record["text"] if isinstance(record, dict) else record
+    except (ValueError, KeyError):
+        text = None
+    if not isinstance(text, str):
+        raise RequestError(
+            f"expected a JSON string or an object with the key 'text', found {line.strip()[:60]!r} "
+            f"in {path} line {number}; mend that line"
+        )
+    return text

@@ -1,0 +1,1 @@
+"""Where to change: the choice of a site."""

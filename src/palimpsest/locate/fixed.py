@@ -1,0 +1,47 @@
+"""A layer chosen beforehand: by number, or by the model's own early and late default."""
+
+from dataclasses import dataclass, field
+
+from palimpsest.errors import RequestError, nearest
+from palimpsest.model.handle import ModelHandle
+from palimpsest.model.site import Part, Site, check_choice
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The site at a fixed layer.
+
+    Attributes:
+        layer: counted from 0; None: by `depth`.
+        depth: `early` or `late`.
+        depths: by part and depth, the layer for the chosen model (from the model's yaml).
+    """
+
+    layer: int | None = None
+    depth: str = "early"
+    depths: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def site(self, model: ModelHandle, part: str) -> Site:
+        """The site for a method that changes `part`.
+
+        Raises:
+            RequestError: out of range, or no layer is known for this model.
+        """
+        check_choice("part", part, Part)
+        return Site(model.check_layer(self._layer(model, part)), part)  # type: ignore[arg-type]
+
+    def _layer(self, model: ModelHandle, part: str) -> int:
+        if self.layer is not None:
+            return self.layer
+        known = self.depths.get(part, {})
+        if not known:
+            raise RequestError(
+                f"expected a layer for {part} of {model.name}, found none in its yaml; "
+                f"set locate.layer (0 to {model.n_layers - 1})"
+            )
+        if self.depth not in known:
+            raise RequestError(
+                f"expected locate.depth to be one of {', '.join(known)}, found {self.depth!r}; "
+                f"{nearest(self.depth, known)}"
+            )
+        return known[self.depth]

@@ -1,0 +1,1 @@
+"""The model under standard names, its tokens, and its forward passes."""

@@ -1,0 +1,217 @@
+"""ModelHandle: a language model with its tokenizer, its parts under standard names.
+
+This is the only place that knows that a block may return a tensor or a tuple, that Conv1D stores
+its weight transposed, and which module is W_out. Everything is checked when the handle is made.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from palimpsest.errors import RequestError
+from palimpsest.model.architecture import architecture_of
+from palimpsest.model.site import Site
+from palimpsest.model.tokens import NOBODY, Batch, Spanned, Tokens
+
+
+class ModelHandle:
+    """A causal language model in evaluation mode, without gradients on its weights.
+
+    Attributes:
+        name: the name it goes by in rows and reports.
+        model: the transformers model.
+        tokenizer: its fast tokenizer.
+        prefix: text put before every prompt (a newline nearly doubles what SmolLM2 recalls).
+        blocks: the transformer blocks, in order.
+        batch_size: rows in one forward pass.
+        running: the batch of the forward pass under way; what hooks read owners and positions from.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        prefix: str = "",
+        batch_size: int = 64,
+    ) -> None:
+        """Take a loaded model; check that its parts are where the architecture table says.
+
+        Raises:
+            RequestError: unknown architecture, a slow tokenizer, or parts of unexpected shape.
+        """
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.prefix = prefix
+        self.batch_size = batch_size
+        self.running: Batch | None = None
+        self.architecture = architecture_of(model, model.config.model_type)
+        self.decoder = model.get_submodule(self.architecture.decoder)
+        self.blocks = list(self.decoder.get_submodule(self.architecture.blocks).children())
+        self.final_norm = self.decoder.get_submodule(self.architecture.final_norm)
+        self.width = int(model.config.hidden_size)
+        self._check()
+
+    def _check(self) -> None:
+        if not self.tokenizer.is_fast:
+            raise RequestError(
+                f"expected a fast tokenizer (it gives character offsets), found "
+                f"{type(self.tokenizer).__name__}; convert it with transformers' AutoTokenizer"
+            )
+        for layer in range(self.n_layers):
+            shape = tuple(self.w_out(layer).shape)
+            if shape[0] != self.width:
+                raise RequestError(
+                    f"expected W_out of layer {layer} to write {self.width} features, found shape "
+                    f"{shape} (out, in); mend the row in palimpsest/model/architecture.py"
+                )
+
+    @property
+    def n_layers(self) -> int:
+        """Number of transformer blocks."""
+        return len(self.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embeddings, and so the inputs, live."""
+        return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over every weight, the configuration's type and the tokenizer; no path in it."""
+        digest = hashlib.sha256(self.model.config.model_type.encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
+        return digest.hexdigest()
+
+    def check_layer(self, layer: int) -> int:
+        """`layer` itself, if the model has it.
+
+        Raises:
+            RequestError: out of range.
+        """
+        if not 0 <= layer < self.n_layers:
+            raise RequestError(
+                f"expected a layer from 0 to {self.n_layers - 1} for {self.name}, found {layer}; "
+                "set locate.layer within that range"
+            )
+        return layer
+
+    def module(self, site: Site) -> nn.Module:
+        """The module whose output is the site."""
+        block = self.blocks[site.layer]
+        if site.part == "residual":
+            return block
+        path = self.architecture.w_out if site.part == "mlp" else self.architecture.attention
+        return block.get_submodule(path)
+
+    def w_out(self, layer: int) -> Tensor:
+        """W_out of a layer as `[d_model, d_mlp]`: a view that writes through to the parameter."""
+        module = self.module(Site(layer, "mlp"))
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return weight.data.T if isinstance(module, Conv1D) else weight.data
+
+    # -- text to tokens ---------------------------------------------------------------------------
+
+    def encode(self, prompt: Spanned, completion: str = "", owner: int = NOBODY) -> Tokens:
+        """Tokens of prefix + prompt (+ a space and the completion), tokenized as one text.
+
+        The ends of subject and prompt are found by the tokenizer's character offsets.
+
+        Raises:
+            RequestError: a token straddles the end of the prompt, or the text is empty.
+        """
+        head = self.prefix + prompt.text
+        text = f"{head} {completion}" if completion else head
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
+        length = sum(start < len(head) for start, _ in offsets)
+        if not length or (completion and offsets[length - 1][1] > len(head)):
+            raise RequestError(
+                f"expected a prompt that ends between two tokens, found {text!r}; "
+                "drop the white space at the end of the prompt"
+            )
+        return Tokens(tuple(ids), length, self._subject(prompt, offsets), owner)
+
+    def _subject(
+        self, prompt: Spanned, offsets: Sequence[tuple[int, int]]
+    ) -> tuple[int, int] | None:
+        """Indices of the first and last token that overlap the subject's characters."""
+        if prompt.span is None:
+            return None
+        first, end = (len(self.prefix) + index for index in prompt.span)
+        inside = [i for i, (start, stop) in enumerate(offsets) if start < end and stop > first]
+        return (inside[0], inside[-1]) if inside else None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids."""
+        return str(self.tokenizer.decode(list(ids)))
+
+    # -- hooks ------------------------------------------------------------------------------------
+
+    @contextmanager
+    def hooked(
+        self, hooks: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor | None]]]
+    ) -> Iterator[None]:
+        """Run functions on modules' outputs while the context lasts.
+
+        Each function sees the output tensor, whether the module returns it bare or first in a
+        tuple, and returns its replacement, or None to leave it.
+        """
+        handles: list[RemovableHandle] = []
+        try:
+            for module, function in hooks:
+                handles.append(module.register_forward_hook(_on_output(function)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def hooked_input(
+        self, hooks: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor | None]]]
+    ) -> Iterator[None]:
+        """The same for modules' first inputs, before the modules run."""
+        handles: list[RemovableHandle] = []
+        try:
+            for module, function in hooks:
+                handles.append(
+                    module.register_forward_pre_hook(_on_input(function), with_kwargs=True)
+                )
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _on_output(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return function(output)
+        changed = function(output[0])
+        return None if changed is None else (changed, *output[1:])
+
+    return hook
+
+
+def _on_input(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            changed = function(args[0])
+            return None if changed is None else ((changed, *args[1:]), kwargs)
+        changed = function(kwargs["hidden_states"])
+        return None if changed is None else (args, {**kwargs, "hidden_states": changed})
+
+    return hook

@@ -1,0 +1,78 @@
+"""Loading: a named model, a local directory or a hub id becomes a ModelHandle."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from palimpsest.errors import RequestError
+from palimpsest.model.fetch import fetch
+from palimpsest.model.handle import ModelHandle
+from palimpsest.model.site import check_choice
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Where a model comes from and how it is run. One yaml a model.
+
+    Attributes:
+        name: the name in rows, reports and file names.
+        path: a local directory or a hub id; None: the model that `palimpsest fetch` knows by
+            `name`.
+        prefix: text put before every prompt.
+        dtype: `float32`, `bfloat16` or `float16`.
+        device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ...
+        batch_size: rows in one forward pass.
+        revision: the hub's branch, tag or commit.
+        trust_remote_code: run code that the model's repository brings; never unless asked for.
+        depths: by part of a block, the layers that `early` and `late` stand for.
+    """
+
+    name: str = "smollm2"
+    path: str | None = None
+    prefix: str = ""
+    dtype: str = "float32"
+    device: str = "auto"
+    batch_size: int = 64
+    revision: str | None = None
+    trust_remote_code: bool = False
+    depths: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def load(self) -> ModelHandle:
+        """Load model and tokenizer.
+
+        Raises:
+            RequestError: nothing at `path`, not a model, unknown dtype or device.
+        """
+        check_choice("model.dtype", self.dtype, Precision)
+        source = self.path if self.path is not None else str(fetch(self.name))
+        transformers_logging.disable_progress_bar()
+        options = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                source, dtype=getattr(torch, self.dtype), use_safetensors=True, **options
+            )
+            model.to(torch.device(self._device()))  # type: ignore[arg-type]
+        except (OSError, ValueError, RuntimeError) as error:
+            raise RequestError(self._cannot_load(source, error)) from error
+        return ModelHandle(model, tokenizer, self.name, self.prefix, self.batch_size)
+
+    def _device(self) -> str:
+        if self.device != "auto":
+            return self.device
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def _cannot_load(self, source: str, error: Exception) -> str:
+        kind = "a model directory" if Path(source).exists() else "a local directory or a hub id"
+        cause = " ".join(str(error).split())[:200]
+        return (
+            f"expected {kind} with safetensors weights and a tokenizer, found {source!r} "
+            f"({cause}); set model.path to a directory written by save_pretrained, or check the id "
+            "and the network"
+        )

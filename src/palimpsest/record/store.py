@@ -1,0 +1,328 @@
+"""The directory of one run: rows are appended while it works and become parquet when it is done."""
+
+import dataclasses
+import glob
+import json
+import math
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+import duckdb
+
+from palimpsest.errors import RequestError
+from palimpsest.files import atomic, write_json, write_text
+from palimpsest.record.redact import one_line
+from palimpsest.record.row import SCHEMA_VERSION, Row
+
+COLUMNS = {
+    "fact_id": "VARCHAR",
+    "relation": "VARCHAR",
+    "split": "VARCHAR",
+    "scope": "VARCHAR",
+    "axis": "VARCHAR",
+    "metric": "VARCHAR",
+    "protocol": "VARCHAR",
+    "prompt_id": "VARCHAR",
+    "layer": "INTEGER",
+    "position": "VARCHAR",
+    "step": "INTEGER",
+    "budget": "INTEGER",
+    "value": "DOUBLE",
+    "n": "BIGINT",
+    "note": "VARCHAR",
+}
+"""The columns of rows.parquet in order, with their SQL types."""
+
+KEY = tuple(name for name in COLUMNS if name not in ("value", "n", "note"))
+"""The columns that together name a row: no two rows of a run share them."""
+
+_ORDER = ", ".join(
+    f"{name} NULLS FIRST"
+    for name in sorted(KEY, key=lambda name: name not in ("axis", "metric", "protocol"))
+)
+_OURS = ("run.json", "rows.jsonl", "rows.parquet", "facts.json", "intervention", "wandb", "DONE")
+
+Key = tuple[str | int | None, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run left behind.
+
+    Attributes:
+        run: the contents of run.json.
+        rows: every measured value, in the parquet's order.
+        facts: what the model said for each target fact (facts.json); empty when not recorded.
+        path: the run's directory.
+    """
+
+    run: dict[str, Any]
+    rows: list[Row] = field(repr=False)
+    facts: list[dict[str, Any]] = field(repr=False)
+    path: Path
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+        return str(self.run["method"])
+
+    @property
+    def run_id(self) -> str:
+        """The run's identity: a hash of its scientific configuration."""
+        return str(self.run["run_id"])
+
+    @cached_property
+    def _index(self) -> dict[tuple[str, str], list[Row]]:
+        index: dict[tuple[str, str], list[Row]] = {}
+        for row in self.rows:
+            index.setdefault((row.metric, row.protocol), []).append(row)
+        return index
+
+    def select(self, metric: str, protocol: str, **equal: str | int | None) -> list[Row]:
+        """The rows of one metric and protocol whose named columns equal the given values."""
+        rows = self._index.get((metric, protocol), [])
+        return [row for row in rows if all(getattr(row, k) == v for k, v in equal.items())]
+
+
+def is_done(directory: Path) -> bool:
+    """Whether `directory` holds a finished run."""
+    return (directory / "DONE").is_file()
+
+
+class RunStore:
+    """Writes one run's directory. Make one with `RunStore.open`."""
+
+    def __init__(self, directory: Path, run: dict[str, Any], rows: TextIO) -> None:
+        """Take over an empty run directory and its open rows.jsonl."""
+        self.directory = directory
+        self._run = run
+        self._rows = rows
+        self._keys: set[Key] = set()
+
+    @classmethod
+    def open(cls, directory: Path, run: Mapping[str, Any]) -> Self:
+        """Create `directory` and its run.json with status `running`.
+
+        What an unfinished earlier attempt left is removed; other files stay. Open the store before
+        the tracker, whose `wandb/` lives in the same directory.
+
+        Args:
+            directory: the run's own directory, `results/<sweep>/<run_id>`.
+            run: the contents of run.json as far as known; at least `run_id` and `method`.
+
+        Raises:
+            RequestError: the directory cannot be written, or holds a finished run.
+        """
+        if is_done(directory):
+            raise RequestError(
+                f"expected a new or unfinished run in {directory}, found a finished one; "
+                "delete the directory to run it again"
+            )
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            _clear(directory)
+            rows = (directory / "rows.jsonl").open("w", encoding="utf-8")
+        except OSError as error:
+            raise RequestError(
+                f"cannot write the run's directory {directory}: {error.strerror or error}; free "
+                "the disk, change its permissions or choose another place with record.dir="
+            ) from error
+        store = cls(directory, dict(run), rows)
+        store.update(schema=SCHEMA_VERSION, status="running", error=None, started=_now())
+        return store
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Add rows and flush them to disk, all or none.
+
+        A value that is NaN or infinite is kept as a missing one, with the cause in its note.
+
+        Raises:
+            ValueError: a row's key was already written; the message names the key.
+        """
+        clean = [_finite(row) for row in rows]
+        fresh: set[Key] = set()
+        for row in clean:
+            key = _key(row)
+            if key in self._keys or key in fresh:
+                raise ValueError(f"two rows with the same key: {_describe(key)}")
+            fresh.add(key)
+        self._rows.writelines(json.dumps(_record(row)) + "\n" for row in clean)
+        self._rows.flush()
+        self._keys |= fresh
+
+    def update(self, **fields: Any) -> None:
+        """Set fields of run.json, which is replaced as a whole."""
+        self._run |= fields
+        write_json(self.directory / "run.json", self._run)
+
+    def write_facts(self, facts: list[dict[str, Any]]) -> None:
+        """Write facts.json: what the model said for each target fact, with its top predictions."""
+        write_json(self.directory / "facts.json", facts)
+
+    def snapshot(self) -> Run:
+        """The run as written so far, read back from disk."""
+        rows = _read_rows(self._source())
+        return Run(dict(self._run), rows, _facts(self.directory), self.directory)
+
+    def finish(self) -> None:
+        """Turn rows.jsonl into rows.parquet, set the status to `done` and write DONE last."""
+        source = self._source()
+        self._rows.close()
+        with atomic(self.directory / "rows.parquet") as temporary, _database() as database:
+            database.execute(
+                f"COPY (SELECT * FROM {source} ORDER BY {_ORDER}) TO ? "
+                "(FORMAT parquet, COMPRESSION zstd)",
+                [str(temporary)],
+            )
+        (self.directory / "rows.jsonl").unlink(missing_ok=True)
+        self.update(status="done", finished=_now())
+        write_text(self.directory / "DONE", "")
+
+    def fail(self, error: BaseException | str) -> None:
+        """Set the status to `failed` with a one-line error. A finished run stays as it is."""
+        self._rows.close()
+        if not is_done(self.directory):
+            self.update(status="failed", error=one_line(error))
+
+    def _source(self) -> str:
+        return _jsonl(self.directory / "rows.jsonl")
+
+
+def load_runs(directory: Path) -> list[Run]:
+    """The finished runs in a sweep's directory, or the one in a run's own, ordered by run id.
+
+    Raises:
+        RequestError: no such directory, no finished run in it, a file that cannot be read, or
+            results of another schema.
+    """
+    found = [path for path in _run_directories(directory) if is_done(path)]
+    if not found:
+        states = [f"{run['run_id']} {run['status']}" for run in load_unfinished(directory)]
+        raise RequestError(
+            f"expected finished runs (with a file DONE) in {directory}, found "
+            f"{', '.join(states) or 'none'}; run `palimpsest run record.dir={directory}` first"
+        )
+    return [_load(path) for path in found]
+
+
+def load_unfinished(directory: Path) -> list[dict[str, Any]]:
+    """The run.json of every run in `directory` that failed or has not finished.
+
+    Raises:
+        RequestError: no such directory, or a run.json that cannot be read.
+    """
+    paths = [path for path in _run_directories(directory) if not is_done(path)]
+    return [_run_json(path) for path in paths]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _clear(directory: Path) -> None:
+    """Remove what an earlier attempt left: only names that a run writes."""
+    for path in map(directory.joinpath, _OURS):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _finite(row: Row) -> Row:
+    if row.value is None or math.isfinite(row.value):
+        return row
+    cause = f"value was {float(row.value)}"
+    note = f"{row.note}; {cause}" if row.note else cause
+    return dataclasses.replace(row, value=None, note=note)
+
+
+def _key(row: Row) -> Key:
+    return tuple(getattr(row, name) for name in KEY)
+
+
+def _describe(key: Key) -> str:
+    return ", ".join(f"{n}={v!r}" for n, v in zip(KEY, key, strict=True) if v is not None)
+
+
+def _record(row: Row) -> dict[str, Any]:
+    record = {name: getattr(row, name) for name in COLUMNS}
+    return record | {"value": None if row.value is None else float(row.value)}
+
+
+def _database() -> duckdb.DuckDBPyConnection:
+    return duckdb.connect(config={"threads": 1})
+
+
+def _sql_text(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _jsonl(path: Path) -> str:
+    columns = ", ".join(f"{name}: '{kind}'" for name, kind in COLUMNS.items())
+    name = _sql_text(glob.escape(str(path)))
+    return f"read_json({name}, format='newline_delimited', columns={{{columns}}})"
+
+
+def _read_rows(source: str) -> list[Row]:
+    query = f"SELECT {', '.join(COLUMNS)} FROM {source} ORDER BY {_ORDER}"
+    with _database() as database:
+        records = database.execute(query).fetchall()
+    return [Row(**dict(zip(COLUMNS, record, strict=True))) for record in records]
+
+
+def _run_directories(directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        raise RequestError(
+            f"expected a directory of results, found nothing at {directory}; check the path, or "
+            "make results with `palimpsest run`"
+        )
+    if (directory / "run.json").is_file():
+        return [directory]
+    return sorted(path.parent for path in directory.glob("*/run.json"))
+
+
+def _load(path: Path) -> Run:
+    run = _run_json(path)
+    found = run.get("schema")
+    if found != SCHEMA_VERSION:
+        age = "a newer" if isinstance(found, int) and found > SCHEMA_VERSION else "another"
+        raise RequestError(
+            f"expected results of schema {SCHEMA_VERSION} in {path}, found {found!r}; read them "
+            f"with {age} version of palimpsest, or delete the directory and run again"
+        )
+    try:
+        rows = _read_rows(f"read_parquet({_sql_text(glob.escape(str(path / 'rows.parquet')))})")
+    except duckdb.Error as error:
+        raise _unreadable(path / "rows.parquet", error) from error
+    return Run(run, rows, _facts(path), path)
+
+
+def _run_json(path: Path) -> dict[str, Any]:
+    run = _json(path / "run.json")
+    needed = ("run_id", "method", "status")
+    if not isinstance(run, dict) or any(name not in run for name in needed):
+        raise _unreadable(path / "run.json", f"expected the keys {', '.join(needed)}")
+    return run
+
+
+def _facts(path: Path) -> list[dict[str, Any]]:
+    file = path / "facts.json"
+    return list(_json(file)) if file.exists() else []
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, cause: Exception | str) -> RequestError:
+    return RequestError(
+        f"cannot read {path}: {one_line(cause)}; delete the run's directory and run it again"
+    )

@@ -1,0 +1,84 @@
+"""The headline table as CSV and as LaTeX."""
+
+import csv
+import io
+from collections.abc import Sequence
+
+from palimpsest.record.columns import HEADLINE, Column
+from palimpsest.record.row import Axis
+from palimpsest.record.summary import Summary
+from palimpsest.record.text import direction_text, interval_text, value_text
+
+_TEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "\N{EN DASH}": "--",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+}
+
+
+def to_csv(summaries: Sequence[Summary]) -> str:
+    """One line per run: identity, then value, low, high and n of each headline number."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    parts = [f"{c.key}{end}" for c in HEADLINE for end in ("", "/low", "/high", "/n")]
+    writer.writerow(["label", "method", "run_id", "imitates", "n_facts", *parts])
+    for summary in summaries:
+        identity = [summary.label, summary.method, summary.run.run_id, summary.imitates]
+        values = [summary.values[column.key] for column in HEADLINE]
+        numbers = [part for e in values for part in (e.value, e.low, e.high, e.n)]
+        writer.writerow([*identity, summary.n_facts, *numbers])
+    return text.getvalue()
+
+
+def to_latex(summaries: Sequence[Summary]) -> str:
+    """One booktabs tabular per axis, with 95% intervals in small type."""
+    axes = list(dict.fromkeys(column.axis for column in HEADLINE))
+    return "% needs \\usepackage{booktabs}\n" + "\n".join(
+        _tabular(summaries, axis, [c for c in HEADLINE if c.axis == axis]) for axis in axes
+    )
+
+
+def latex_escape(text: str) -> str:
+    """Text that LaTeX sets as it is, on one line."""
+    return " ".join("".join(_TEX.get(letter, letter) for letter in text).split())
+
+
+def _tabular(summaries: Sequence[Summary], axis: Axis, columns: Sequence[Column]) -> str:
+    heads = [latex_escape(f"{c.title} {direction_text(c)}".strip()) for c in columns]
+    lines = [_line([latex_escape(s.label), *(_cell(s, c) for c in columns)]) for s in summaries]
+    return "\n".join(
+        [
+            f"% {axis}",
+            rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
+            r"\toprule",
+            _line(["Method", *heads]),
+            r"\midrule",
+            *lines,
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    )
+
+
+def _line(cells: Sequence[str]) -> str:
+    return " & ".join(cells) + r" \\"
+
+
+def _cell(summary: Summary, column: Column) -> str:
+    estimate = summary.values[column.key]
+    value = latex_escape(value_text(estimate, column.style))
+    ends = latex_escape(interval_text(estimate, column.style))
+    return rf"{value} {{\scriptsize {ends}}}" if ends else value

@@ -1,0 +1,53 @@
+"""Numbers as text, the same in every view."""
+
+from typing import Literal
+
+from palimpsest.record.columns import Column, Direction
+from palimpsest.record.intervals import Estimate
+
+DASH = "\N{EN DASH}"
+"""Stands for a missing value."""
+
+_ARROWS = {"up": "↑", "down": "↓"}
+
+
+def value_text(estimate: Estimate, style: Literal["share", "number", "rank"]) -> str:
+    """The value as the table shows it; a dash if it is missing."""
+    return DASH if estimate.value is None else _number(estimate.value, style)
+
+
+def interval_text(estimate: Estimate, style: Literal["share", "number", "rank"]) -> str:
+    """The 95% interval as low, dash, high; empty if there is none."""
+    if estimate.low is None or estimate.high is None:
+        return ""
+    return f"{_number(estimate.low, style)}{DASH}{_number(estimate.high, style)}"
+
+
+def direction_text(column: Column) -> str:
+    """An arrow for the better direction, and for whom if not for both kinds of method."""
+    if column.editor == column.eraser:
+        return arrow(column.editor)
+    pairs = (("editor", column.editor), ("eraser", column.eraser))
+    return ", ".join(f"{arrow(direction)} {who}" for who, direction in pairs if direction)
+
+
+def arrow(direction: Direction) -> str:
+    """↑, ↓ or nothing."""
+    return _ARROWS[direction] if direction else ""
+
+
+def plain(value: float | None) -> str:
+    """Three significant digits, without an exponent where the number is readable without."""
+    if value is None:
+        return DASH
+    if value and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.2e}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _number(value: float, style: Literal["share", "number", "rank"]) -> str:
+    if style == "share":
+        return f"{value:.2f}"
+    if style == "number" and value < 100:
+        return f"{value:.1f}"
+    return f"{value:,.1f}".removesuffix(".0") if value < 100 else f"{value:,.0f}"

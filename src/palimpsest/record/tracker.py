@@ -1,0 +1,222 @@
+"""Weights & Biases: a view of a run's rows, offline unless the user is logged in.
+
+The only importer of wandb. Tables and figures are made from what the store keeps, so nothing is
+lost when there is no tracker.
+"""
+
+import netrc
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import astuple, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast, get_args
+from urllib.parse import urlsplit
+
+from palimpsest.errors import RequestError, nearest
+from palimpsest.record.row import Row
+from palimpsest.record.store import Run
+from palimpsest.record.summary import Summary, summarise
+
+Mode = Literal["online", "offline", "disabled"]
+
+_MODES = ("auto", *get_args(Mode))
+_STEP = "step"
+
+
+class Live(Protocol):
+    """A run that is being tracked."""
+
+    def log_results(self, run: Run) -> None:
+        """Show the run's headline numbers, rows, figures and intervention."""
+
+
+class NullLive:
+    """Tracks nothing."""
+
+    def log_results(self, run: Run) -> None:
+        """Do nothing."""
+
+
+@dataclass
+class NullTracker:
+    """The tracker of those who want none; same interface as `Tracker`."""
+
+    def run(self, directory: Path, run: Mapping[str, Any]) -> AbstractContextManager[Live]:
+        """A run that is not tracked."""
+        return nullcontext(NullLive())
+
+    def describe(self) -> dict[str, str | None]:
+        """Mode, id and directory for run.json."""
+        return {"mode": "disabled", "id": None, "directory": None}
+
+
+@dataclass
+class Tracker:
+    """Where runs are shown.
+
+    Attributes:
+        mode: `online`, `offline`, `disabled`, or `auto`: `WANDB_MODE` if set, else online if the
+            user is logged in and offline if not.
+        project: the wandb project.
+        entity: the wandb user or team; None for the default one.
+        tags: shown with every run.
+    """
+
+    mode: str = "auto"
+    project: str = "palimpsest"
+    entity: str | None = None
+    tags: list[str] = field(default_factory=list)
+    _described: dict[str, str | None] = field(default_factory=dict, init=False, repr=False)
+
+    def run(self, directory: Path, run: Mapping[str, Any]) -> AbstractContextManager[Live]:
+        """Start a wandb run whose files lie in `directory/wandb`.
+
+        Its id is the run's, its group the sweep (the directory above), its job type the method. An
+        error inside the block marks it failed there and is raised again.
+
+        Args:
+            directory: the run's own directory.
+            run: the contents of run.json; `run_id`, `method` and `config` are read.
+
+        Raises:
+            RequestError: the mode is none of those above.
+        """
+        mode = self.resolved_mode()
+        if mode == "disabled":
+            return NullTracker().run(directory, run)
+        return self._started(mode, directory, run)
+
+    def describe(self) -> dict[str, str | None]:
+        """Mode, id and directory for run.json; the last two are None before a run has started."""
+        return {"mode": self.resolved_mode(), "id": None, "directory": None} | self._described
+
+    def resolved_mode(self) -> Mode:
+        """The mode with `auto` decided.
+
+        Raises:
+            RequestError: the mode is unknown.
+        """
+        mode = os.environ.get("WANDB_MODE", "auto") if self.mode == "auto" else self.mode
+        if mode == "auto":
+            return "online" if _logged_in() else "offline"
+        if mode not in _MODES:
+            raise RequestError(
+                f"expected record.mode to be one of {', '.join(_MODES)}, found {mode!r}; "
+                f"{nearest(mode, _MODES)}"
+            )
+        return cast(Mode, mode)
+
+    @contextmanager
+    def _started(self, mode: Mode, directory: Path, run: Mapping[str, Any]) -> Iterator[Live]:
+        import wandb
+
+        live = wandb.init(
+            mode=mode,
+            project=self.project,
+            entity=self.entity,
+            tags=list(self.tags),
+            id=run["run_id"],
+            name=f"{run['method']} {run['run_id']}",
+            group=directory.resolve().parent.name,
+            job_type=run["method"],
+            config=dict(run.get("config") or {}),
+            dir=str(directory.resolve()),
+            reinit="finish_previous",
+            resume="allow",
+            settings=_quiet(wandb),
+        )
+        place = Path(live.settings.sync_dir).relative_to(directory.resolve())
+        self._described = {"mode": mode, "id": live.id, "directory": str(place)}
+        live.define_metric(_STEP, hidden=True)
+        live.define_metric("*", step_metric=_STEP)
+        try:
+            yield WandbLive(live, wandb)
+        except BaseException:
+            live.finish(exit_code=1)
+            raise
+        live.finish(exit_code=0)
+
+
+@dataclass(frozen=True)
+class WandbLive:
+    """A wandb run in progress."""
+
+    live: Any
+    wandb: Any
+
+    def log_results(self, run: Run) -> None:
+        """Log means by step, headline numbers, rows, key figures and the intervention's files."""
+        [summary] = summarise([run])
+        for step, values in _by_step(run.rows):
+            self.live.log({_STEP: step, **values})
+        self.live.log({"rows": self._table(run.rows), **self._figures(summary)})
+        self.live.summary.update(_scalars(summary))
+        self._artifact(run)
+
+    def _table(self, rows: list[Row]) -> Any:
+        names = [column.name for column in fields(Row)]
+        return self.wandb.Table(columns=names, data=[list(astuple(row)) for row in rows])
+
+    def _figures(self, summary: Summary) -> dict[str, Any]:
+        from palimpsest.record import figures
+
+        made = {
+            "figures/recoverability": figures.recoverability([summary]),
+            "figures/two_hop": figures.two_hop([summary]),
+        }
+        return {name: self.wandb.Plotly(fig) for name, fig in made.items() if fig is not None}
+
+    def _artifact(self, run: Run) -> None:
+        """The intervention's files, referenced where they lie instead of copied."""
+        folder = run.path / "intervention"
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        if not files:
+            return
+        artifact = self.wandb.Artifact(f"intervention-{run.run_id}", type="intervention")
+        for path in files:
+            name = path.relative_to(folder).as_posix()
+            artifact.add_file(str(path), name=name, policy="immutable", skip_cache=True)
+        self.live.log_artifact(artifact)
+
+
+def _quiet(wandb: Any) -> Any:
+    """Settings that print nothing and collect nothing about the machine or the code."""
+    return wandb.Settings(
+        console="off",
+        silent=True,
+        disable_code=True,
+        disable_git=True,
+        x_disable_stats=True,
+        x_disable_machine_info=True,
+        x_save_requirements=False,
+    )
+
+
+def _logged_in() -> bool:
+    """Whether wandb would find an API key: in the environment, or in the user's netrc file."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _scalars(summary: Summary) -> dict[str, float]:
+    """The headline numbers that have a value, by flat name."""
+    return {key: e.value for key, e in summary.values.items() if e.value is not None}
+
+
+def _by_step(rows: list[Row]) -> list[tuple[int, dict[str, float]]]:
+    """Means of the rows that belong to a step (edits so far, relearning steps), by step."""
+    found: dict[int, dict[str, list[float]]] = {}
+    for row in rows:
+        if row.step is not None and row.value is not None and row.layer is None:
+            name = f"by_step/{row.axis}/{row.metric}/{row.protocol}"
+            found.setdefault(row.step, {}).setdefault(name, []).append(row.value)
+    return [
+        (step, {name: sum(values) / len(values) for name, values in sorted(means.items())})
+        for step, means in sorted(found.items())
+    ]

@@ -1,0 +1,167 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from palimpsest.errors import RequestError
+from palimpsest.facts import CounterFact, Prompt, split
+
+Record = Callable[..., dict[str, Any]]
+Write = Callable[[list[Any]], Path]
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "counterfact.json"
+
+
+def refusal(**options: Any) -> str:
+    with pytest.raises(RequestError) as caught:
+        CounterFact(**options).load()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_record_becomes_a_fact(record: Record, write: Write) -> None:
+    facts = CounterFact(path=str(write([record(7, subject="Fécamp")]))).load()
+    (fact,) = facts.facts
+    assert fact.id == "counterfact/7"
+    assert (fact.relation, fact.true, fact.new) == ("P17", "France", "Japan")
+    assert fact.prompt == Prompt("fit", "Fécamp is located in the country of", (0, 6))
+    assert fact.paraphrases[0] == Prompt("paraphrase/0", "Some words. Fécamp lies in", (12, 18))
+    assert fact.paraphrases[1].span is None
+    assert fact.neighbors[1] == Prompt("neighbor/1", "Nice is in")
+    assert fact.entailed == ()
+    assert facts.others == ()
+
+
+def test_lines_are_read_like_a_list(record: Record, write: Write, tmp_path: Path) -> None:
+    records = [record(i) for i in range(5)]
+    lines = tmp_path / "counterfact.jsonl"
+    lines.write_text("\n".join(json.dumps(r, indent=None) for r in records) + "\n\n")
+    one = CounterFact(path=str(write(records))).load()
+    two = CounterFact(path=str(lines)).load()
+    assert one.facts == two.facts
+    assert one.fingerprint != two.fingerprint
+
+
+def test_the_first_of_a_repeated_subject_stays(record: Record, write: Write) -> None:
+    records = [record(1, subject="A"), record(2, subject="A"), record(3, "P30", subject="A")]
+    facts = CounterFact(path=str(write(records))).load()
+    assert [f.id for f in facts.facts] == ["counterfact/1", "counterfact/3"]
+    assert facts.counts == {"records": 3, "subjects": 2, "selected": 2}
+
+
+def test_relations_left_out_are_the_others(record: Record, write: Write) -> None:
+    path = str(write([record(i, "P17" if i % 3 else "P30") for i in range(30)]))
+    facts = CounterFact(path=path, relations=["P17"]).load()
+    assert {f.relation for f in facts.facts} == {"P17"}
+    assert {f.relation for f in facts.others} == {"P30"}
+    assert facts.counts["selected"] == 20
+    assert facts.fingerprint != CounterFact(path=path).load().fingerprint
+    assert facts.fingerprint == CounterFact(path=path, relations=["P17"], fit=3).load().fingerprint
+
+
+def test_it_can_be_split(record: Record, write: Write) -> None:
+    plan = CounterFact(path=str(write([record(i) for i in range(200)])), limit=10)
+    splits = split(plan.load(), plan, 0, lambda facts: [True] * len(facts))
+    assert splits.sizes["target"] == 10
+    assert {f.new for f in splits.target} == {"Japan"}
+    assert {p.text for f in splits.target for p in f.neighbors} == {"Lyon is in", "Nice is in"}
+
+
+def test_it_is_a_structured_config(record: Record, write: Write) -> None:
+    path = str(write([record(1)]))
+    config = OmegaConf.merge(OmegaConf.structured(CounterFact), {"path": path})
+    assert CounterFact(**{str(key): config[key] for key in config}).load().facts
+
+
+def test_no_path() -> None:
+    assert refusal().startswith("facts=counterfact needs facts.path=FILE, found no path; give")
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    path = tmp_path / "gone.json"
+    message = f"expected a CounterFact file at {path}, found none; correct facts.path"
+    assert refusal(path=str(path)) == message
+    assert "found none" in refusal(path=str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["[1, 2", "hello\n", '{"case_id":\n 1}', "\0", b"\xff\xfe\x01"])
+def test_not_json(tmp_path: Path, content: str | bytes) -> None:
+    path = tmp_path / "bad.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    message = refusal(path=str(path))
+    assert f"expected JSON, a list of records or one record per line, in {path}, found" in message
+
+
+@pytest.mark.parametrize("content", ["[]", "", "\n"])
+def test_no_records(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "empty.json"
+    path.write_text(content)
+    assert "expected CounterFact records in" in refusal(path=str(path))
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (["case_id"], None, "expected case_id (int) in record 1 of"),
+        (["case_id"], "7", "found str '7'; correct or remove the record"),
+        (["case_id"], True, "found bool True"),
+        (["requested_rewrite"], [], "requested_rewrite.subject (str) in record 1 of"),
+        (["requested_rewrite", "subject"], " ", "found nothing; correct or remove the record"),
+        (["requested_rewrite", "relation_id"], 17, "relation_id (str) in record 1 of"),
+        (["requested_rewrite", "target_new"], "Japan", "requested_rewrite.target_new.str (str)"),
+        (["requested_rewrite", "target_true", "str"], None, "target_true.str (str) in record 1"),
+        (["requested_rewrite", "target_new", "str"], "France", "found 'France' twice; correct"),
+        (["requested_rewrite", "prompt"], "no place", "expected exactly one '{}'"),
+        (["requested_rewrite", "prompt"], "{} {}", "has a bad requested_rewrite.prompt: expected"),
+        (["paraphrase_prompts"], "text", "paraphrase_prompts (list) in record 1 of"),
+        (["neighborhood_prompts"], ["a", 3], "neighborhood_prompts (list of str) in record 1 of"),
+    ],
+)
+def test_malformed_records(
+    record: Record, write: Write, keys: list[str], value: object, message: str
+) -> None:
+    bad = record(1)
+    place = bad
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    assert message in refusal(path=str(write([record(0), bad])))
+
+
+def test_a_record_that_is_none(write: Write) -> None:
+    assert "expected case_id (int) in record 0 of" in refusal(path=str(write([3])))
+
+
+def test_malformed_lines_are_numbered(record: Record, tmp_path: Path) -> None:
+    path = tmp_path / "counterfact.jsonl"
+    path.write_text(json.dumps(record(0)) + "\n\n" + json.dumps({"case_id": 2}) + "\n")
+    assert f"requested_rewrite.subject (str) in line 3 of {path}" in refusal(path=str(path))
+
+
+def test_repeated_numbers(record: Record, write: Write) -> None:
+    path = write([record(1, subject="A"), record(1, subject="B")])
+    assert "expected a different case_id in each CounterFact record" in refusal(path=str(path))
+
+
+def test_unknown_relation(record: Record, write: Write) -> None:
+    path = write([record(1, "P17"), record(2, "P103")])
+    message = refusal(path=str(path), relations=["P17", "P1O3"])
+    assert "found 'P1O3' in facts.relations; did you mean 'P103'" in message
+
+
+def test_the_published_records() -> None:
+    if not SHARED.exists():
+        pytest.skip("needs ../shared/data/counterfact.json beside the repository")
+    facts = CounterFact(path=str(SHARED), relations=["P17", "P103"]).load()
+    assert facts.counts == {"records": 1035, "subjects": 1033, "selected": 167}
+    for fact in facts.facts + facts.others:
+        for prompt in (fact.prompt, *fact.paraphrases):
+            assert prompt.span is not None
+            assert prompt.text[slice(*prompt.span)] == fact.subject
+        assert not fact.prompt.text.endswith(" ")
+        assert len(fact.paraphrases) == 2
+        assert len(fact.neighbors) == 10
+    assert len(facts.objects("P17")) > 5
