@@ -191,6 +191,7 @@ def _phases(name: str) -> Iterator[Any]:
         TimeElapsedColumn(),
         console=CONSOLE,
         transient=True,
+        disable=not CONSOLE.is_terminal,
     )
     with bar:
         task = bar.add_task(name, total=5)

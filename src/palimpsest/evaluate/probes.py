@@ -39,9 +39,12 @@ def train(states: Tensor, labels: Sequence[str], c: float) -> Probe:
     """
     classes = tuple(sorted(set(labels)))
     scaler = StandardScaler().fit(states.double().numpy())
+    scaled = torch.from_numpy(scaler.transform(states.double().numpy()))
+    # The penalized solution lies in the span of the rows: fit in that basis, of rank ≤ n.
+    u, s, basis = torch.linalg.svd(scaled, full_matrices=False)
     regression = LogisticRegression(C=c, max_iter=300)
-    regression.fit(scaler.transform(states.double().numpy()), [classes.index(x) for x in labels])
-    coefficients = torch.from_numpy(regression.coef_ / scaler.scale_)
+    regression.fit((u * s).numpy(), [classes.index(label) for label in labels])
+    coefficients = torch.from_numpy(regression.coef_) @ basis / torch.from_numpy(scaler.scale_)
     bias = torch.from_numpy(regression.intercept_) - coefficients @ torch.from_numpy(scaler.mean_)
     if len(classes) == 2:  # scikit-learn gives one row for two classes
         coefficients, bias = (torch.cat([-x, x]) for x in (coefficients, bias))

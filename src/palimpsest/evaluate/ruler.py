@@ -1,7 +1,8 @@
 """The ruler that every method faces. It sees a model and facts, never a method."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from palimpsest.evaluate.recoverability import Recoverability, Trained
 from palimpsest.facts.splits import Splits
 from palimpsest.model.forward import greedy, next_token_logprobs
 from palimpsest.model.handle import ModelHandle
-from palimpsest.model.site import Change
+from palimpsest.model.site import ORACLE_POLICIES, Change
 from palimpsest.record.row import Row
 
 
@@ -53,11 +54,21 @@ class Ruler:
     def measure(
         self, model: ModelHandle, facts: Splits, change: Change, baseline: Baseline, seed: int
     ) -> Iterator[Row]:
-        """Measure the model as it stands, the change applied."""
+        """Measure the model as it stands, the change applied.
+
+        Rows of a change that knows where the subject or the prompt ends are marked `oracle_gate`.
+        """
         answers = ask_targets(model, facts)
-        yield from self.downstream.measure(model, facts, change, answers, seed)
-        yield from self.consistency.measure(model, facts, change, answers, baseline.premises)
-        yield from self.recoverability.measure(model, facts, change, baseline.trained, seed)
+        rows = chain(
+            self.downstream.measure(model, facts, change, answers, seed),
+            self.consistency.measure(model, facts, change, answers, baseline.premises),
+            self.recoverability.measure(model, facts, change, baseline.trained, seed),
+        )
+        yield from map(_mark_oracle, rows) if change.policy in ORACLE_POLICIES else rows
+
+
+def _mark_oracle(row: Row) -> Row:
+    return replace(row, note="oracle_gate" if row.note is None else f"{row.note}; oracle_gate")
 
 
 def portraits(model: ModelHandle, facts: Splits, tokens: int = 5) -> list[dict[str, Any]]:

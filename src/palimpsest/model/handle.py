@@ -131,14 +131,16 @@ class ModelHandle:
         The ends of subject and prompt are found by the tokenizer's character offsets.
 
         Raises:
-            RequestError: a token straddles the end of the prompt, or the text is empty.
+            RequestError: the prompt ends in white space, a token straddles its end, or the text is
+                empty.
         """
         head = self.prefix + prompt.text
         text = f"{head} {completion}" if completion else head
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
         length = sum(start < len(head) for start, _ in offsets)
-        if not length or (completion and offsets[length - 1][1] > len(head)):
+        straddled = bool(completion and length) and offsets[length - 1][1] > len(head)
+        if not length or straddled or prompt.text[-1:].isspace():
             raise RequestError(
                 f"expected a prompt that ends between two tokens, found {text!r}; "
                 "drop the white space at the end of the prompt"

@@ -21,9 +21,8 @@ class Pretrained:
     """Where a model comes from and how it is run. One yaml a model.
 
     Attributes:
-        name: the name in rows, reports and file names.
-        path: a local directory or a hub id; None: the model that `palimpsest fetch` knows by
-            `name`.
+        name: a model that `palimpsest fetch` knows; used where `path` is None.
+        path: a local directory or a hub id; its last part names the model in the rows.
         prefix: text put before every prompt.
         dtype: `float32`, `bfloat16` or `float16`.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ...
@@ -61,7 +60,8 @@ class Pretrained:
             model.to(torch.device(self._device()))  # type: ignore[arg-type]
         except (OSError, ValueError, RuntimeError) as error:
             raise RequestError(self._cannot_load(source, error)) from error
-        return ModelHandle(model, tokenizer, self.name, self.prefix, self.batch_size)
+        name = self.name if self.path is None else Path(self.path).name
+        return ModelHandle(model, tokenizer, name, self.prefix, self.batch_size)
 
     def _device(self) -> str:
         if self.device != "auto":

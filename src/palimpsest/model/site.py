@@ -14,6 +14,9 @@ Position = Literal["last_subject", "last_prompt"]
 Policy = Literal["last_subject", "last_prompt", "all_but_sink", "all"]
 """Which tokens a change acts on; `all_but_sink` leaves out position 0."""
 
+ORACLE_POLICIES: tuple[Policy, ...] = ("last_subject", "last_prompt")
+"""Policies that know where the subject or the prompt ends, which no deployed eraser would."""
+
 EMBEDDING = -1
 """The layer index that stands for the embedding output, before the first block."""
 
