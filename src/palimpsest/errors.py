@@ -13,6 +13,16 @@ class RequestError(Exception):
     """
 
 
+def check_at_least(name: str, value: float, least: int) -> None:
+    """Refuse a number that is too small.
+
+    Raises:
+        RequestError: names the setting, the least value and what was found.
+    """
+    if value < least:
+        raise RequestError(f"expected {name} to be at least {least}, found {value}; raise it")
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Words for an error message: the closest of `valid` to `name`, or all of them.
 

@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +85,9 @@ def cached_tensors(
         make: computes the tensors when the cache has none.
     """
     path = cache_dir() / kind / f"{fingerprint(dict(key))[:32]}.safetensors"
-    try:
+    with suppress(OSError, safetensors.SafetensorError):  # not there, or damaged: made anew
         return safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError):  # not there, or damaged: made anew
-        tensors = {name: tensor.contiguous() for name, tensor in make().items()}
+    tensors = {name: tensor.contiguous() for name, tensor in make().items()}
     with atomic(path) as temporary:
         safetensors.torch.save_file(tensors, temporary)
     return tensors

@@ -43,10 +43,9 @@ def test_residual_features_are_transformers_own_hidden_states(handle: ModelHandl
     for n, row in enumerate(rows):
         hidden = handle.model(alone(row), output_hidden_states=True).hidden_states
         for p, position in enumerate(BOTH):
-            for s in range(4):  # the embedding and the blocks but the last
-                torch.testing.assert_close(found[s, p, n], hidden[s][0, row.at(position)])
-            last = handle.final_norm(found[4, p, n])  # transformers gives the last one normed
-            torch.testing.assert_close(last, hidden[4][0, row.at(position)])
+            wanted = [state[0, row.at(position)] for state in hidden]
+            mine = [*found[:4, p, n], handle.final_norm(found[4, p, n])]  # theirs is normed
+            assert max(relative(a, b) for a, b in zip(mine, wanted, strict=True)) < 1e-5
 
 
 @pytest.mark.parametrize("part", ["mlp", "attention"])
@@ -68,7 +67,7 @@ def test_inner_features_are_what_plain_hooks_see(handle: ModelHandle, part: str)
     for n, row in enumerate(rows):
         handle.model(alone(row))
         for s, layer in enumerate((2, 1)):
-            torch.testing.assert_close(found[s, 0, n], seen[layer][0, row.at("last_subject")])
+            assert relative(found[s, 0, n], seen[layer][0, row.at("last_subject")]) < 1e-5
 
 
 @torch.no_grad()
@@ -149,8 +148,8 @@ def test_keys_and_values_are_those_of_w_out(handle: ModelHandle) -> None:
         seen.clear()
         handle.model(alone(row))
         at = row.at("last_subject")
-        torch.testing.assert_close(found[n], seen[0][0, at])
-        torch.testing.assert_close(values[n], seen[1][0, at])
+        assert relative(found[n], seen[0][0, at]) < 1e-5
+        assert relative(values[n], seen[1][0, at]) < 1e-5
 
 
 @torch.no_grad()
@@ -173,7 +172,7 @@ def test_forward_is_the_state_before_the_head(handle: ModelHandle) -> None:
     row = ragged()[2]
     with torch.no_grad():
         states = forward(handle, collate([row], handle.device))
-        torch.testing.assert_close(logits(handle, states), handle.model(alone(row)).logits)
+        assert relative(logits(handle, states), handle.model(alone(row)).logits) < 1e-5
 
 
 def test_logits_follow_the_soft_cap(llama: ModelHandle) -> None:
@@ -333,7 +332,7 @@ def test_next_token_logprobs_are_those_after_each_row(handle: ModelHandle) -> No
     found = next_token_logprobs(handle, rows)
     for n, row in enumerate(rows):
         wanted = handle.model(alone(row)).logits[0, -1].log_softmax(-1)
-        torch.testing.assert_close(found[n], wanted)
+        assert relative(found[n], wanted) < 1e-5
 
 
 def test_greedy_is_transformers_generate(handle: ModelHandle) -> None:

@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from statistics import fmean
 
-from palimpsest.errors import RequestError
+from palimpsest.errors import RequestError, check_at_least
 from palimpsest.evaluate.asking import Answer, Query, ask, best, candidates, rotation
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.facts.splits import Splits
@@ -49,6 +49,15 @@ class Downstream:
 
     text: str | None = None
     row_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        """Check the length of a row, and that the text is there before hours of fitting.
+
+        Raises:
+            RequestError: a row too short to predict a token, or no text.
+        """
+        check_at_least("evaluate.downstream.row_tokens", self.row_tokens, 2)
+        held_out(self.text)
 
     def measure(
         self, model: ModelHandle, facts: Splits, change: Change, answers: Answers, seed: int

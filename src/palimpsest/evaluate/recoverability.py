@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from palimpsest.errors import check_at_least
 from palimpsest.evaluate.asking import rotation
 from palimpsest.evaluate.probes import Probe, train
 from palimpsest.facts.fact import Fact
@@ -61,6 +62,15 @@ class Recoverability:
     c: float = 0.01
     least: int = 5
     folds: int = 6
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            RequestError: one is too small.
+        """
+        check_at_least("evaluate.recoverability.stride", self.stride, 1)
+        check_at_least("evaluate.recoverability.folds", self.folds, 2)
 
     def layers(self, model: ModelHandle) -> list[int]:
         """The layers whose outputs are read."""

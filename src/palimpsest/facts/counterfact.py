@@ -91,7 +91,7 @@ def _records(path: Path) -> list[tuple[str, object]]:
         if text.lstrip().startswith("["):
             return [(f"record {i} of {path}", record) for i, record in enumerate(json.loads(text))]
         lines = enumerate(text.splitlines(), start=1)
-        return [(f"line {i} of {path}", json.loads(line)) for i, line in lines if line.strip()]
+        return [(f"line {i} of {path}", _json(line, i)) for i, line in lines if line.strip()]
     except OSError as error:
         raise RequestError(
             f"cannot read {path}: {error.strerror or error}; correct facts.path or its permissions"
@@ -101,6 +101,13 @@ def _records(path: Path) -> list[tuple[str, object]]:
             f"expected JSON, a list of records or one record per line, in {path}, found text that "
             f"is neither ({error}); give the original file"
         ) from error
+
+
+def _json(line: str, number: int) -> object:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number}: {str(error).partition(': line')[0]}") from error
 
 
 def _fact(record: object, where: str) -> Fact:

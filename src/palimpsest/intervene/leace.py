@@ -92,7 +92,9 @@ class Leace:
             proj_left=left,
             proj_right=right,
             bias=bias,
-            diagnostics=tuple(_diagnostics(sample[0].relation, site, states, left, residual)),
+            diagnostics=tuple(
+                _diagnostics(sample[0].relation, site, states, left, right, residual)
+            ),
         )
 
     def _states(self, model: ModelHandle, sample: tuple[Fact, ...], site: Site) -> Tensor:
@@ -159,7 +161,7 @@ def relative_cross_covariance(before: Tensor, after: Tensor, labels: Tensor) -> 
 
 
 def _diagnostics(
-    relation: str, site: Site, states: Tensor, left: Tensor, residual: float
+    relation: str, site: Site, states: Tensor, left: Tensor, right: Tensor, residual: float
 ) -> list[Row]:
     n, width = states.shape
     return [
@@ -169,7 +171,7 @@ def _diagnostics(
         )
         for metric, protocol, value in (
             ("residual_cross_covariance", "fit_sample", residual),
-            ("rank", "projection", left.shape[1]),
+            ("rank", "projection", torch.linalg.matrix_rank(left @ right)),
             ("n_over_d", "fit_sample", n / width),
         )
     ]  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from palimpsest.errors import RequestError
+from palimpsest.errors import RequestError, check_at_least
 from palimpsest.files import cached_tensors, sha256_file
 from palimpsest.model.forward import run_to
 from palimpsest.model.handle import ModelHandle
@@ -37,7 +37,8 @@ class Moments:
         sink: count position 0 too. It is an attention sink with activations hundreds of times
             larger.
         seed: of the sampled text.
-        layers: layers to be computed in the same pass, besides the one asked for.
+        layers: layers to be computed in the same pass, besides the one asked for; no part of a
+            run's identity.
     """
 
     text: str | None = None
@@ -45,7 +46,19 @@ class Moments:
     length: int = 128
     sink: bool = False
     seed: int = 0
-    layers: list[int] = field(default_factory=list)
+    layers: list[int] = field(default_factory=list, metadata={"identity": False})
+
+    def __post_init__(self) -> None:
+        """Check the sizes, and that the text is there.
+
+        Raises:
+            RequestError: one is too small, or no such file.
+        """
+        if self.text is not None:
+            existing(Path(self.text))
+        check_at_least("intervene.moments.length", self.length, 2)
+        if self.tokens is not None:
+            check_at_least("intervene.moments.tokens", self.tokens, 1)
 
     def matrix(self, model: ModelHandle, layer: int) -> Tensor:
         """C of one layer, from the cache or computed together with `layers` in one pass.
@@ -62,7 +75,7 @@ class Moments:
             return {"matrix": computed[wanted]}
 
         for each in dict.fromkeys([layer, *self.layers]):
-            model.check_layer(each)
+            model.check_layer(each, "intervene.moments.layers")
             key = {**self._key(model), "layer": each}
             found = cached_tensors("moments", key, lambda each=each: compute(each))  # type: ignore[misc]
             if each == layer:

@@ -5,6 +5,7 @@ from typing import Protocol
 
 import torch
 
+from palimpsest.errors import check_at_least
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.sample import sample, start_ids
@@ -27,7 +28,7 @@ class SampledPrefixes:
 
     Attributes:
         lengths: tokens in each group of contexts.
-        count: contexts in each group.
+        count: contexts in each group; 0 for the bare prompt alone.
         top_k: sample among the k likeliest tokens.
         seed: of the generator.
     """
@@ -37,13 +38,24 @@ class SampledPrefixes:
     top_k: int = 5
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Check the sizes.
+
+        Raises:
+            RequestError: one is too small.
+        """
+        check_at_least("intervene.prefixes.count", self.count, 0)
+        check_at_least("intervene.prefixes.top_k", self.top_k, 1)
+        for length in self.lengths:
+            check_at_least("intervene.prefixes.lengths", length, 1)
+
     def texts(self, model: ModelHandle) -> tuple[str, ...]:
         """Sample `count` contexts of each length; white space at their ends is dropped."""
         generator = torch.Generator().manual_seed(self.seed)
         skip = len(start_ids(model))
         rows = [
             row[skip:]
-            for length in self.lengths
+            for length in (self.lengths if self.count else ())
             for row in sample(model, self.count, length, generator, self.top_k).tolist()
         ]
         return tuple(model.decode(row).strip() for row in rows)

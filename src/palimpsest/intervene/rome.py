@@ -152,8 +152,10 @@ def solve(moments: Tensor, rows: Tensor) -> Tensor:
     """
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(moments)
-    if int(info) != 0:
-        width = moments.shape[0]
+    width = moments.shape[0]
+    # Rounding may leave a pivot that should be zero a little above it.
+    pivots = factor.diagonal().square() / moments.diagonal()
+    if int(info) != 0 or not pivots.min() > width * torch.finfo(pivots.dtype).eps:
         raise RequestError(
             f"expected second moments of full rank {width}, found a singular matrix; raise "
             f"intervene.moments.tokens to at least {10 * width} (ten tokens a dimension)"

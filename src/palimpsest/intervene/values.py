@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from palimpsest.errors import check_at_least
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.files import cached_tensors
 from palimpsest.intervene.prefixes import in_contexts
@@ -54,6 +55,14 @@ class ValueSearch:
     weight_decay: float = 0.5
     clamp: float = 4.0
     stop_below: float = 0.05
+
+    def __post_init__(self) -> None:
+        """Check the number of steps.
+
+        Raises:
+            RequestError: none.
+        """
+        check_at_least("intervene.search.steps", self.steps, 1)
 
     def find(
         self, model: ModelHandle, facts: Sequence[Fact], layer: int, contexts: tuple[str, ...]

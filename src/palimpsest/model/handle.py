@@ -95,8 +95,12 @@ class ModelHandle:
         digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
         return digest.hexdigest()
 
-    def check_layer(self, layer: int) -> int:
+    def check_layer(self, layer: int, setting: str = "locate.layer") -> int:
         """`layer` itself, if the model has it.
+
+        Args:
+            layer: counted from 0.
+            setting: the configuration key that it comes from, for the message.
 
         Raises:
             RequestError: out of range.
@@ -104,7 +108,7 @@ class ModelHandle:
         if not 0 <= layer < self.n_layers:
             raise RequestError(
                 f"expected a layer from 0 to {self.n_layers - 1} for {self.name}, found {layer}; "
-                "set locate.layer within that range"
+                f"set {setting} within that range"
             )
         return layer
 

@@ -1,5 +1,6 @@
 """Loading: a named model, a local directory or a hub id becomes a ModelHandle."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -8,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from palimpsest.errors import RequestError
+from palimpsest.errors import RequestError, check_at_least
 from palimpsest.model.fetch import fetch
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import check_choice
@@ -42,13 +43,22 @@ class Pretrained:
     trust_remote_code: bool = False
     depths: dict[str, dict[str, int]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Check the choices.
+
+        Raises:
+            RequestError: unknown dtype, or an empty batch.
+        """
+        check_choice("model.dtype", self.dtype, Precision)
+        check_at_least("model.batch_size", self.batch_size, 1)
+
     def load(self) -> ModelHandle:
         """Load model and tokenizer.
 
         Raises:
-            RequestError: nothing at `path`, not a model, unknown dtype or device.
+            RequestError: nothing at `path`, not a model, unknown or absent device.
         """
-        check_choice("model.dtype", self.dtype, Precision)
+        device = self._device()
         source = self.path if self.path is not None else str(fetch(self.name))
         transformers_logging.disable_progress_bar()
         options = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
@@ -57,16 +67,28 @@ class Pretrained:
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 source, dtype=getattr(torch, self.dtype), use_safetensors=True, **options
             )
-            model.to(torch.device(self._device()))  # type: ignore[arg-type]
+            model.to(device)  # type: ignore[arg-type]
         except (OSError, ValueError, RuntimeError) as error:
             raise RequestError(self._cannot_load(source, error)) from error
         name = self.name if self.path is None else Path(self.path).name
         return ModelHandle(model, tokenizer, name, self.prefix, self.batch_size)
 
-    def _device(self) -> str:
-        if self.device != "auto":
-            return self.device
-        return "cuda" if torch.cuda.is_available() else "cpu"
+    def _device(self) -> torch.device:
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if self.device == "auto":
+            return torch.device("cuda" if gpus else "cpu")
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise RequestError(
+                f"expected model.device to be auto, cpu, cuda or cuda:N, found {self.device!r}; "
+                "name one of these"
+            )
+        device = torch.device(self.device)
+        if device.type == "cuda" and (device.index or 0) >= gpus:
+            raise RequestError(
+                f"expected a GPU for model.device={self.device}, found {gpus} that torch can use; "
+                "set model.device=auto"
+            )
+        return device
 
     def _cannot_load(self, source: str, error: Exception) -> str:
         kind = "a model directory" if Path(source).exists() else "a local directory or a hub id"

@@ -55,7 +55,7 @@ class Resume:
         with handle.hooked_input([(handle.blocks[layer], kept.append)]):
             forward(handle, batch, cache)
         rest = batch.since(starts)
-        index = rest.positions.clamp(max=batch.ids.shape[1] - 1).unsqueeze(-1)
+        index = rest.positions.unsqueeze(-1)
         entries: list[Any] = cache.layers
         cached = {
             number: (_before(entry.keys, starts), _before(entry.values, starts))

@@ -37,7 +37,7 @@ def sample(
         batch = _batch(fresh, ids.shape[1], handle.device)
         scores = logits(handle, forward(handle, batch, cache)[:, -1]).cpu()
         if top_k is not None:
-            floor = scores.topk(top_k, -1).values[:, -1:]
+            floor = scores.topk(min(top_k, scores.shape[-1]), -1).values[:, -1:]
             scores = scores.masked_fill(scores < floor, -torch.inf)
         fresh = _draw(torch.softmax(scores, -1), generator)
         ids = torch.cat([ids, fresh], 1)

@@ -95,7 +95,8 @@ class Batch:
         columns = torch.arange(after, device=self.ids.device)
         positions = starts.unsqueeze(1) + columns
         present = positions < lengths.unsqueeze(1)
-        ids = self.ids.gather(1, positions.clamp(max=self.ids.shape[1] - 1)) * present
+        positions = positions.clamp(max=self.ids.shape[1] - 1)  # a place that the model has
+        ids = self.ids.gather(1, positions) * present
         cached = torch.arange(before, device=self.ids.device) >= (before - starts).unsqueeze(1)
         mask = torch.cat([cached, present], 1).long()
         return replace(self, ids=ids, mask=mask, positions=positions)

@@ -14,8 +14,8 @@ def labels(runs: Sequence[Run]) -> list[str]:
     """One distinct label per run, e.g. `rome [variant=plain, layer=14]`.
 
     A label holds the values of `config.intervene` and `config.locate` that differ between the runs
-    of the same method; where these do not suffice, those of the whole configuration, and at last
-    the run's id.
+    of the same method; where these do not suffice, those of the whole configuration but `record`,
+    and at last the run's id.
     """
     found: dict[int, str] = {}
     for method in sorted({run.method for run in runs}):
@@ -43,7 +43,8 @@ def leaves(config: Any, prefix: str = "") -> Leaves:
 
 
 def _group_labels(method: str, runs: Sequence[Run]) -> list[str]:
-    whole = [leaves(run.run.get("config", {})) for run in runs]
+    everything = [leaves(run.run.get("config", {})) for run in runs]
+    whole = [{p: v for p, v in c.items() if not p.startswith("record.")} for c in everything]
     chosen = [_within(config, ("intervene.", "locate.")) for config in whole]
     for configs in (chosen, whole):
         named = [_label(method, parts) for parts in _short(configs)]

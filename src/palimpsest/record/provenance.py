@@ -39,11 +39,15 @@ def identity(parts: Mapping[str, Any]) -> str:
 
 
 def describe(value: Any) -> Any:
-    """A configured object as JSON: its class, its fields, files replaced by what they hold."""
+    """A configured object as JSON: its class, its fields, files replaced by what they hold.
+
+    Fields whose metadata say `identity: False` are left out: they change no result.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {
             f.name: _content(f.name, describe(getattr(value, f.name)))
             for f in dataclasses.fields(value)
+            if f.metadata.get("identity", True)
         }
         return {"type": type(value).__name__, **fields}
     if isinstance(value, Mapping):

@@ -10,16 +10,16 @@ class Recording:
     """The configuration group `record`.
 
     Attributes:
-        sweep: name of the sweep: the directory under `results/`, and the tracker's group.
-        dir: a directory in place of `results/<sweep>`.
+        sweep: name of the sweep; `dir` follows it unless it is given.
+        dir: the directory that holds one directory a run; its name is the tracker's group.
         tracker: a `Tracker` or a `NullTracker`.
     """
 
     sweep: str = "runs"
-    dir: str | None = None
+    dir: str = "results/runs"
     tracker: Any = None
 
     @property
     def directory(self) -> Path:
         """The directory that holds the runs' own directories."""
-        return Path(self.dir) if self.dir is not None else Path("results") / self.sweep
+        return Path(self.dir)

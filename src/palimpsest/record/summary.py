@@ -1,7 +1,9 @@
 """Headline numbers of runs: one summary each, ordered for reading."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from palimpsest.record.columns import HEADLINE, is_upstream, last_step
 from palimpsest.record.intervals import Estimate, estimate
@@ -134,9 +136,16 @@ def _imitated(run: Run, named: Sequence[tuple[Run, str]]) -> str | None:
     return found[0] if len(found) == 1 else str(wanted)
 
 
-def _reading_order(summary: Summary) -> tuple[bool, str, bool, str]:
+def _reading_order(summary: Summary) -> tuple[Any, ...]:
     control = summary.imitates is not None
-    return (summary.method != "none", summary.imitates or summary.label, control, summary.label)
+    leader = _natural(summary.imitates or summary.label)
+    return (summary.method != "none", leader, control, _natural(summary.label))
+
+
+def _natural(label: str) -> list[tuple[bool, float, str]]:
+    """A key that sorts the numbers in a label by size."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", label)
+    return [(bool(i % 2), float(p) if i % 2 else 0.0, p) for i, p in enumerate(parts)]
 
 
 def _quantities(run: Run) -> dict[_QuantityKey, list[Row]]:

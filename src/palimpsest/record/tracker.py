@@ -69,6 +69,14 @@ class Tracker:
     tags: list[str] = field(default_factory=list)
     _described: dict[str, str | None] = field(default_factory=dict, init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        """Check the mode.
+
+        Raises:
+            RequestError: it is none of those above.
+        """
+        self.resolved_mode()
+
     def run(self, directory: Path, run: Mapping[str, Any]) -> AbstractContextManager[Live]:
         """Start a wandb run whose files lie in `directory/wandb`.
 
@@ -79,8 +87,6 @@ class Tracker:
             directory: the run's own directory.
             run: the contents of run.json; `run_id`, `method` and `config` are read.
 
-        Raises:
-            RequestError: the mode is none of those above.
         """
         mode = self.resolved_mode()
         if mode == "disabled":
@@ -102,8 +108,8 @@ class Tracker:
             return "online" if _logged_in() else "offline"
         if mode not in _MODES:
             raise RequestError(
-                f"expected record.mode to be one of {', '.join(_MODES)}, found {mode!r}; "
-                f"{nearest(mode, _MODES)}"
+                f"expected record.tracker.mode (or WANDB_MODE) to be one of {', '.join(_MODES)}, "
+                f"found {mode!r}; {nearest(mode, _MODES)}"
             )
         return cast(Mode, mode)
 

@@ -1,0 +1,144 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from palimpsest.errors import RequestError
+from palimpsest.facts.fact import Prompt
+from palimpsest.model.load import Pretrained
+from tests.model.tiny import KINDS, make_handle, make_model, tokenizer
+
+
+@pytest.fixture(params=KINDS)
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A directory written by save_pretrained."""
+    return save(tmp_path / f"my-{request.param}", request.param)
+
+
+def save(directory: Path, kind: str = "llama") -> Path:
+    make_model(kind).save_pretrained(directory)
+    tokenizer().save_pretrained(directory)
+    return directory
+
+
+def load(path: Path, **options: Any) -> Any:
+    return Pretrained(path=str(path), device="cpu", **options).load()
+
+
+def refusal(path: Path, **options: Any) -> str:
+    """The one line with which loading is refused."""
+    with pytest.raises(RequestError) as caught:
+        load(path, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_saved_model_is_the_original(saved: Path) -> None:
+    original = make_handle(saved.name.removeprefix("my-"))
+    handle = load(saved, prefix="\n")
+    assert handle.fingerprint == original.fingerprint
+    mine, theirs = handle.model.state_dict(), original.model.state_dict()
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    prompt = Prompt.fill("fit", "The city of {} is in", "東京")
+    assert handle.encode(prompt, "Japan", 3) == original.encode(prompt, "Japan", 3)
+    assert torch.equal(handle.model(torch.tensor([[3, 4]])).logits,
+                       original.model(torch.tensor([[3, 4]])).logits)  # fmt: skip
+
+
+def test_options_reach_the_handle(saved: Path) -> None:
+    handle = load(saved, prefix="Fact:", batch_size=3)
+    assert (handle.prefix, handle.batch_size, handle.device.type) == ("Fact:", 3, "cpu")
+
+
+def test_a_path_names_the_model(saved: Path) -> None:
+    assert load(saved).name == saved.name
+    assert load(Path(f"{saved}/")).name == saved.name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_precision_is_the_one_asked_for(dtype: str, tmp_path: Path) -> None:
+    handle = load(save(tmp_path / "model"), dtype=dtype)
+    assert {weight.dtype for weight in handle.model.parameters()} == {getattr(torch, dtype)}
+
+
+def test_an_unknown_precision_is_refused(saved: Path) -> None:
+    message = refusal(saved, dtype="float64")
+    assert "expected model.dtype to be one of float32, bfloat16, float16" in message
+    assert "found 'float64'; did you mean 'float16'" in message
+
+
+@pytest.mark.parametrize("name", ["nowhere", "a/b/nowhere"])
+def test_nothing_at_the_path_is_refused(tmp_path: Path, name: str) -> None:
+    message = refusal(tmp_path / name)
+    assert message.startswith("expected a local directory or a hub id with safetensors weights")
+    assert str(tmp_path / name) in message
+    assert "set model.path to a directory written by save_pretrained" in message
+
+
+def test_a_file_in_place_of_a_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert "expected a model directory" in refusal(tmp_path / "model.safetensors")
+
+
+def test_an_empty_directory_is_refused(tmp_path: Path) -> None:
+    assert "expected a model directory with safetensors weights" in refusal(tmp_path)
+
+
+def test_a_directory_without_weights_is_refused(saved: Path) -> None:
+    (saved / "model.safetensors").unlink()
+    assert "expected a model directory with safetensors weights" in refusal(saved)
+
+
+def test_a_directory_without_a_tokenizer_is_refused(saved: Path) -> None:
+    for file in saved.glob("tokenizer*"):
+        file.unlink()
+    assert "and a tokenizer" in refusal(saved)
+
+
+def test_pickled_weights_are_never_opened(saved: Path) -> None:
+    torch.save(make_model(saved.name.removeprefix("my-")).state_dict(), saved / "pytorch_model.bin")
+    (saved / "model.safetensors").unlink()
+    assert "with safetensors weights" in refusal(saved)
+
+
+def test_damaged_weights_are_refused(saved: Path) -> None:
+    weights = saved / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "expected a model directory" in refusal(saved)
+
+
+def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
+    state = make_model("llama").state_dict()
+    state.pop("model.layers.2.mlp.down_proj.weight")
+    directory = save(tmp_path / "model")
+    make_model("llama").save_pretrained(directory, state_dict=state)
+    message = refusal(directory)
+    assert "model.layers.2.mlp.down_proj.weight" in message
+
+
+def test_a_model_that_is_no_language_model_is_refused(saved: Path) -> None:
+    (saved / "config.json").write_text('{"model_type": "vit"}')
+    assert "expected a model directory" in refusal(saved)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "unheard_of"])
+def test_code_in_the_directory_is_not_run(tmp_path: Path, model_type: str) -> None:
+    directory, marker = save(tmp_path / "model"), tmp_path / "it ran"
+    (directory / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"model_type": model_type}
+    config |= {"auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
+    (directory / "config.json").write_text(json.dumps(config))
+    if model_type == "llama":
+        assert load(directory).fingerprint == make_handle("llama").fingerprint
+    else:
+        assert "expected a model directory" in refusal(directory)
+    assert not marker.exists()
+
+
+def test_an_unknown_device_is_refused(saved: Path) -> None:
+    with pytest.raises(RequestError, match="expected a model directory"):
+        Pretrained(path=str(saved), device="nonsense").load()
