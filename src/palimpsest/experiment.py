@@ -113,9 +113,12 @@ def _work(
     with phase("fit"):
         intervention = experiment.method.fit(model, facts, site)
         intervention.save(store.directory / "intervention")
-        store.append(intervention.diagnostics)
+        sections = [("fit", iter(intervention.diagnostics))]
     with phase("measure"), intervention.applied(model):
-        store.append(ruler.measure(model, facts, intervention.change, baseline, seed))
+        sections += ruler.sections(model, facts, intervention.change, baseline, seed)
+        for name, rows in sections:
+            if not store.has(name):
+                store.append(rows, section=name)
         store.write_facts(portraits(model, facts))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -58,13 +59,29 @@ class Ruler:
 
         Rows of a change that knows where the subject or the prompt ends are marked `oracle_gate`.
         """
-        answers = ask_targets(model, facts)
-        rows = chain(
-            self.downstream.measure(model, facts, change, answers, seed),
-            self.consistency.measure(model, facts, change, answers, baseline.premises),
-            self.recoverability.measure(model, facts, change, baseline.trained, seed),
-        )
-        yield from map(_mark_oracle, rows) if change.policy in ORACLE_POLICIES else rows
+        sections = self.sections(model, facts, change, baseline, seed)
+        return chain.from_iterable(rows for _, rows in sections)
+
+    def sections(
+        self, model: ModelHandle, facts: Splits, change: Change, baseline: Baseline, seed: int
+    ) -> Iterator[tuple[str, Iterator[Row]]]:
+        """The rows of `measure` by axis; an iterator that is not advanced computes nothing."""
+        answers = cache(lambda: ask_targets(model, facts))
+        premises, trained = baseline.premises, baseline.trained
+
+        def downstream() -> Iterator[Row]:
+            yield from self.downstream.measure(model, facts, change, answers(), seed)
+
+        def consistency() -> Iterator[Row]:
+            yield from self.consistency.measure(model, facts, change, answers(), premises)
+
+        def recoverability() -> Iterator[Row]:
+            yield from self.recoverability.measure(model, facts, change, trained, seed)
+
+        for section in (downstream, consistency, recoverability):
+            rows = section()
+            oracle = change.policy in ORACLE_POLICIES
+            yield section.__name__, map(_mark_oracle, rows) if oracle else rows
 
 
 def _mark_oracle(row: Row) -> Row:

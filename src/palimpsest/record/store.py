@@ -5,7 +5,7 @@ import glob
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -46,6 +46,8 @@ _ORDER = ", ".join(
     for name in sorted(KEY, key=lambda name: name not in ("axis", "metric", "protocol"))
 )
 _OURS = ("run.json", "rows.jsonl", "rows.parquet", "facts.json", "intervention", "wandb", "DONE")
+_SAME = ("run_id", "schema", "versions", "git_commit", "device")
+"""What an unfinished attempt must share with a new one for its rows to be kept."""
 
 Key = tuple[str | int | None, ...]
 
@@ -97,19 +99,23 @@ def is_done(directory: Path) -> bool:
 class RunStore:
     """Writes one run's directory. Make one with `RunStore.open`."""
 
-    def __init__(self, directory: Path, run: dict[str, Any], rows: TextIO) -> None:
-        """Take over an empty run directory and its open rows.jsonl."""
+    def __init__(
+        self, directory: Path, run: dict[str, Any], rows: TextIO, kept: Sequence[dict[str, Any]]
+    ) -> None:
+        """Take over a run directory, its open rows.jsonl, and the lines that this holds already."""
         self.directory = directory
         self._run = run
         self._rows = rows
-        self._keys: set[Key] = set()
+        self._keys = {_key(Row(**line)) for line in kept if "section" not in line}
+        self._sections = {line["section"] for line in kept if "section" in line}
 
     @classmethod
     def open(cls, directory: Path, run: Mapping[str, Any]) -> Self:
         """Create `directory` and its run.json with status `running`.
 
-        What an unfinished earlier attempt left is removed; other files stay. Open the store before
-        the tracker, whose `wandb/` lives in the same directory.
+        Of an unfinished earlier attempt at the same run, by the same versions, the rows of complete
+        sections are kept; all else that it left is removed, and other files stay. Open the store
+        before the tracker, whose `wandb/` lives in the same directory.
 
         Args:
             directory: the run's own directory, `results/<sweep>/<run_id>`.
@@ -123,23 +129,36 @@ class RunStore:
                 f"expected a new or unfinished run in {directory}, found a finished one; "
                 "delete the directory to run it again"
             )
+        run = {**run, "schema": SCHEMA_VERSION}
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            kept = _complete_sections(directory, run)
             _clear(directory)
             rows = (directory / "rows.jsonl").open("w", encoding="utf-8")
+            rows.writelines(json.dumps(line) + "\n" for line in kept)
+            rows.flush()
         except OSError as error:
             raise RequestError(
                 f"cannot write the run's directory {directory}: {error.strerror or error}; free "
                 "the disk, change its permissions or choose another place with record.dir="
             ) from error
-        store = cls(directory, dict(run), rows)
-        store.update(schema=SCHEMA_VERSION, status="running", error=None, started=_now())
+        store = cls(directory, run, rows, kept)
+        store.update(status="running", error=None, started=_now())
         return store
 
-    def append(self, rows: Iterable[Row]) -> None:
+    def has(self, section: str) -> bool:
+        """Whether a section's rows are all there, from this attempt or an earlier one."""
+        return section in self._sections
+
+    def append(self, rows: Iterable[Row], section: str | None = None) -> None:
         """Add rows and flush them to disk, all or none.
 
         A value that is NaN or infinite is kept as a missing one, with the cause in its note.
+
+        Args:
+            rows: any number.
+            section: a name for them, if they are whole without any others: a later attempt at an
+                interrupted run then keeps them.
 
         Raises:
             ValueError: a row's key was already written; the message names the key.
@@ -151,9 +170,11 @@ class RunStore:
             if key in self._keys or key in fresh:
                 raise ValueError(f"two rows with the same key: {_describe(key)}")
             fresh.add(key)
-        self._rows.writelines(json.dumps(_record(row)) + "\n" for row in clean)
+        lines = [_record(row) for row in clean] + ([{"section": section}] if section else [])
+        self._rows.write("".join(json.dumps(line) + "\n" for line in lines))
         self._rows.flush()
         self._keys |= fresh
+        self._sections |= {section} if section else set()
 
     def update(self, **fields: Any) -> None:
         """Set fields of run.json, which is replaced as a whole."""
@@ -224,6 +245,24 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def _complete_sections(directory: Path, run: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The lines of rows.jsonl up to the last section's end, if they are of the same run.
+
+    A line torn by a crash, and what follows the last section, are left out.
+    """
+    try:
+        before = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+        text = (directory / "rows.jsonl").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return []
+    if any(before.get(name) != run.get(name) for name in _SAME):
+        return []
+    whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    lines = [json.loads(line) for line in whole]
+    ends = [place for place, line in enumerate(lines) if "section" in line]
+    return lines[: ends[-1] + 1] if ends else []
+
+
 def _clear(directory: Path) -> None:
     """Remove what an earlier attempt left: only names that a run writes."""
     for path in map(directory.joinpath, _OURS):
@@ -265,7 +304,8 @@ def _sql_text(text: str) -> str:
 def _jsonl(path: Path) -> str:
     columns = ", ".join(f"{name}: '{kind}'" for name, kind in COLUMNS.items())
     name = _sql_text(glob.escape(str(path)))
-    return f"read_json({name}, format='newline_delimited', columns={{{columns}}})"
+    file = f"read_json({name}, format='newline_delimited', columns={{{columns}}})"
+    return f"(SELECT * FROM {file} WHERE metric IS NOT NULL)"  # not the lines that end a section
 
 
 def _read_rows(source: str) -> list[Row]:

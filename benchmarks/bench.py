@@ -1,0 +1,225 @@
+"""`make bench`: what the engine saves against plain versions of the same algorithms.
+
+Every line is a ratio of CPU-seconds taken in one process, after the results were found equal.
+Nothing is asserted about time. docs/performance.md holds the figures of one machine.
+"""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from palimpsest.facts.fact import Fact, Prompt
+from palimpsest.intervene.deltas import WeightDeltas
+from palimpsest.intervene.moments import second_moments
+from palimpsest.intervene.prefixes import in_contexts
+from palimpsest.intervene.values import ValueSearch
+from palimpsest.model.forward import keys, score
+from palimpsest.model.handle import ModelHandle
+from palimpsest.model.site import Change, Site
+from palimpsest.model.tokens import Tokens
+
+LAYER = 5
+CONTEXTS = 20
+
+
+def main() -> None:
+    """Run every comparison and print its line."""
+    torch.set_num_threads(2)
+    handle = gpt2_small()
+    print(f"random GPT-2-small, float32, {torch.get_num_threads()} threads; CPU-seconds")
+    print(f"{'work':<58}{'plain':>9}{'engine':>9}{'ratio':>8}{'error':>11}")
+    line("v* of one ROME edit, layer 5, 22 prompts, 20 evaluations", *value_search(handle))
+    line("second moments of 12 layers, 4,096 tokens", *moments(handle))
+    for size in (1, 8, 64):
+        work = f"64 independent edits, 4 prompts each, {size} a batch"
+        line(work, *independent_edits(handle, size))
+
+
+def line(work: str, plain: float, engine: float, error: float) -> None:
+    """Print one comparison."""
+    print(f"{work:<58}{plain:>9.2f}{engine:>9.2f}{plain / engine:>7.1f}x{error:>11.1e}", flush=True)
+
+
+def cpu_seconds(function: Callable[[], Tensor]) -> tuple[Tensor, float]:
+    """A function's result, and the CPU time of all threads that it took."""
+    started = time.process_time()
+    result = function()
+    return result, time.process_time() - started
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖, refused above 1e-5."""
+    error = float((found.double() - expected.double()).norm() / expected.double().norm())
+    if not error < 1e-5:
+        raise SystemExit(f"results differ by {error:.1e}: no ratio is worth reporting")
+    return error
+
+
+def gpt2_small() -> ModelHandle:
+    """A random model of GPT-2-small's size with a tokenizer of one token a word."""
+    words = [f"w{i}" for i in range(50_257)]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.decoder = decoders.Fuse()
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(initializer_range=0.05))
+    return ModelHandle(model, PreTrainedTokenizerFast(tokenizer_object=core), "gpt2-small", "w1 ")
+
+
+def text(rng: random.Random, words: int) -> str:
+    """Random words."""
+    return " ".join(f"w{rng.randrange(2, 50_000)}" for _ in range(words))
+
+
+def some_fact(rng: random.Random, number: int) -> Fact:
+    """A made-up fact: 3 tokens, a subject of 3, 4 more, an object of one."""
+    template = f"{text(rng, 3)} {{}} {text(rng, 4)}"
+    subject = text(rng, 3)
+    prompt = Prompt.fill("fit", template, subject)
+    return Fact(str(number), "r", subject, prompt, text(rng, 1), text(rng, 1))
+
+
+# -- v* --------------------------------------------------------------------------------------------
+
+
+def value_search(handle: ModelHandle) -> tuple[float, float, float]:
+    """One fact's v*: the whole model with logits everywhere, against the engine."""
+    rng = random.Random(0)
+    fact = some_fact(rng, 0)
+    contexts = tuple(text(rng, 5 if i % 2 else 10) for i in range(CONTEXTS))
+    search = ValueSearch(stop_below=0.0)
+    plain, slow = cpu_seconds(lambda: plain_search(handle, fact, contexts, search))
+    engine, fast = cpu_seconds(lambda: search.optimise(handle, [fact], LAYER, contexts)["delta"][0])
+    return slow, fast, relative(engine, plain)
+
+
+def plain_search(
+    handle: ModelHandle, fact: Fact, contexts: Sequence[str], search: ValueSearch
+) -> Tensor:
+    """δ by Adam over full padded forward passes of all 22 prompts, logits at every token."""
+    rows = [handle.encode(p, fact.new or "") for p in in_contexts(fact, tuple(contexts))]
+    essence = handle.encode(Prompt.fill("essence", "{} is a", fact.subject))
+    everything = [*rows, essence]
+    width = max(len(row.ids) for row in everything)
+    ids = torch.tensor([[*row.ids, *[0] * (width - len(row.ids))] for row in everything])
+    places = torch.tensor([row.at("last_subject") for row in everything])
+    last = torch.tensor([row.prompt - 1 for row in rows])
+    token = torch.tensor([row.ids[row.prompt] for row in rows])
+    w_out = handle.module(Site(LAYER, "mlp"))
+    start = keys(handle, rows[:1], LAYER)[1][0]
+    delta = torch.zeros_like(start, requires_grad=True)
+    adam = torch.optim.Adam([delta], lr=search.lr)
+
+    def add(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        here = torch.zeros(output.shape[:2])
+        here[torch.arange(len(ids)), places] = 1.0
+        return output + here[:, :, None] * delta
+
+    reference: Tensor | None = None
+    hook = w_out.register_forward_hook(add)
+    try:
+        for step in range(search.steps):
+            adam.zero_grad()
+            logprobs = handle.model(ids, use_cache=False).logits.log_softmax(-1)
+            now = logprobs[-1, places[-1]]
+            reference = now.detach() if reference is None else reference
+            nll = -logprobs[torch.arange(len(rows)), last, token].mean()
+            kl = (now.exp() * (now - reference)).sum()
+            decay = delta.norm() / start.norm() ** 2
+            loss = nll + search.kl * kl + search.weight_decay * decay
+            if step == search.steps - 1:
+                break
+            loss.backward()
+            adam.step()
+            with torch.no_grad():
+                delta.mul_((search.clamp * start.norm() / delta.norm()).clamp(max=1.0))
+    finally:
+        hook.remove()
+    return delta.detach()
+
+
+# -- second moments --------------------------------------------------------------------------------
+
+
+def moments(handle: ModelHandle) -> tuple[float, float, float]:
+    """C of all layers: a pass a layer, against one pass."""
+    ids = torch.randint(2, 50_000, (32, 128), generator=torch.Generator().manual_seed(0))
+    layers = list(range(handle.n_layers))
+
+    def plain() -> Tensor:
+        return torch.stack([second_moments_of_one(handle, layer, ids) for layer in layers])
+
+    def engine() -> Tensor:
+        found = second_moments(handle, layers, ids, sink=False)
+        return torch.stack([found[layer] for layer in layers])
+
+    expected, slow = cpu_seconds(plain)
+    found, fast = cpu_seconds(engine)
+    return slow, fast, relative(found, expected)
+
+
+@torch.no_grad()
+def second_moments_of_one(handle: ModelHandle, layer: int, ids: Tensor) -> Tensor:
+    """C of one layer from whole forward passes, as the public code takes it."""
+    total = torch.zeros(handle.w_out(layer).shape[1], handle.w_out(layer).shape[1]).double()
+
+    def add(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        flat = args[0][:, 1:].flatten(0, 1).double()
+        total.add_(flat.T @ flat)
+
+    hook = handle.module(Site(layer, "mlp")).register_forward_hook(add)
+    try:
+        for rows in ids.split(16):
+            handle.model(rows, use_cache=False)
+    finally:
+        hook.remove()
+    return total / (ids.shape[0] * (ids.shape[1] - 1))
+
+
+# -- independent edits -----------------------------------------------------------------------------
+
+
+def independent_edits(handle: ModelHandle, size: int) -> tuple[float, float, float]:
+    """Log-probabilities under 64 edits: weight changed and restored 64 times, against one pass."""
+    rng = random.Random(1)
+    rows = [
+        handle.encode(some_fact(rng, 0).prompt, text(rng, 1), owner)
+        for owner in range(64)
+        for _ in range(4)
+    ]
+    generator = torch.Generator().manual_seed(2)
+    left = torch.randn(64, 1, 3072, generator=generator)
+    right = torch.randn(64, 1, 768, generator=generator)
+    model = handle.fingerprint
+    handle.batch_size = size
+
+    def edits(independent: bool, which: slice) -> WeightDeltas:
+        change = Change("fact", independent, LAYER)
+        return WeightDeltas(change=change, model=model, left=left[which], right=right[which])
+
+    def logprobs(some: Sequence[Tokens]) -> list[float]:
+        return [found.logprob for found in score(handle, some)]
+
+    def plain() -> Tensor:
+        found: list[float] = []
+        for owner in range(64):
+            with edits(False, slice(owner, owner + 1)).applied(handle):
+                found += logprobs([row for row in rows if row.owner == owner])
+        return torch.tensor(found)
+
+    def engine() -> Tensor:
+        with edits(True, slice(None)).applied(handle):
+            return torch.tensor(logprobs(rows))
+
+    expected, slow = cpu_seconds(plain)
+    found, fast = cpu_seconds(engine)
+    return slow, fast, relative(found, expected)
+
+
+if __name__ == "__main__":
+    main()
