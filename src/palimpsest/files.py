@@ -71,6 +71,22 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn a text's wrong encoding into a wrong request.
+
+    Raises:
+        RequestError: what is read inside is not UTF-8.
+    """
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"expected UTF-8 text in {path}, found {error.reason} at byte {error.start}; "
+            "convert the file"
+        ) from error
+
+
 def cached_tensors(
     kind: str, key: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]
 ) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Tiny models with random weights, a small real tokenizer, and facts about invented places.
 
-The weights are drawn at a scale at which blocks really change the stream and predictions are peaked;
-transformers' own initialisation is so small that a model is nearly the identity.
+The weights are drawn at a scale at which blocks really change the stream and predictions are
+peaked; transformers' own initialisation is so small that a model is nearly the identity.
 """
 
 import copy

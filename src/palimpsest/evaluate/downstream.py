@@ -12,6 +12,7 @@ from palimpsest.errors import RequestError, check_at_least
 from palimpsest.evaluate.asking import Answer, Query, ask, best, candidates, rotation
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.facts.splits import Splits
+from palimpsest.files import reading
 from palimpsest.model.forward import score
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.sample import start_ids
@@ -80,6 +81,7 @@ class Downstream:
 
     def _rows(self, model: ModelHandle, owners: int, seed: int) -> list[Tokens]:
         start = start_ids(model)
+        check_at_least("evaluate.downstream.row_tokens", self.row_tokens, len(start) + 1)
         ids = model.tokenizer(held_out(self.text), add_special_tokens=False)["input_ids"]
         fresh = self.row_tokens - len(start)
         parts = [ids[i : i + fresh] for i in range(0, len(ids), fresh)]
@@ -98,12 +100,14 @@ def held_out(path: str | None) -> str:
     if path is None:
         return (resources.files("palimpsest.evaluate") / "heldout.txt").read_text(encoding="utf-8")
     file = Path(path)
-    if not file.is_file() or not file.read_text(encoding="utf-8").strip():
+    with reading(file):
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if not text.strip():
         raise RequestError(
             f"expected a text file with words in it, found none at {path}; "
             "check evaluate.downstream.text"
         )
-    return file.read_text(encoding="utf-8")
+    return text
 
 
 def _of_fact(row: partial[Row], fact: Fact, answers: dict[str, Answer]) -> Iterator[Row]:

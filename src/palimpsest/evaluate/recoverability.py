@@ -170,7 +170,7 @@ class Recoverability:
         target = [(i, f) for i, f in enumerate(facts.target) if f.relation == relation]
         rows = [model.encode(fact.prompt, owner=i) for i, fact in target]
         states = self._states(model, rows)
-        yield from self._lens(row, model, [fact for _, fact in target], states)
+        yield from self._lens(row, model, [fact for _, fact in target], change, states)
         if trained is None:
             cause = f"fewer than {self.least} probe subjects a class"
             yield row(metric="probe_accuracy", protocol="frozen", value=None, n=0, note=cause)
@@ -234,7 +234,9 @@ class Recoverability:
         ]
         extra = self._states(model, [tokens for _, tokens in samples])
         truth = [fact.true for _, fact in target]
-        fold_of = [n % self.folds for n in range(len(target))]
+        # Facts come with classes in turn: dealt as they come, a fold could hold a whole class.
+        by_class = sorted(range(len(target)), key=truth.__getitem__)
+        fold_of = {n: place % self.folds for place, n in enumerate(by_class)}
         for where in states:
             place = _place(row, change, where, "target")
             for fold in range(self.folds):
@@ -255,6 +257,7 @@ class Recoverability:
         row: partial[Row],
         model: ModelHandle,
         target: Sequence[Fact],
+        change: Change,
         states: Mapping[_Where, Tensor],
     ) -> Iterator[Row]:
         """Ranks of the objects' first tokens when the model's own head reads a layer."""
@@ -269,12 +272,13 @@ class Recoverability:
                 scores = logits(model, model.final_norm(state)).cpu()
             ranks = 1 + (scores[:, None, :] > scores.gather(1, first)[:, :, None]).sum(-1)
             for fact, tokens, rank in zip(target, first.tolist(), ranks.tolist(), strict=True):
-                place = partial(row, layer=layer, position="last_prompt", protocol="logit_lens")
-                place = partial(place, fact_id=fact.id, split="target", prompt_id=fact.prompt.id)
-                collide = tokens[0] == tokens[1]
-                note = "old and new object share their first token" if collide else None
+                place = _place(row, change, (layer, "last_prompt"), "target")
+                place = partial(place, fact_id=fact.id, prompt_id=fact.prompt.id)
+                if collide := tokens[0] == tokens[1]:
+                    place = partial(place, n=0, note="old and new object share their first token")
                 for metric, value in zip(("lens_rank_old", "lens_rank_new"), rank, strict=True):
-                    yield place(metric=metric, value=None if collide else float(value), note=note)
+                    shown = None if collide else float(value)
+                    yield place(metric=metric, protocol="logit_lens", value=shown)
 
 
 def embeddings(model: ModelHandle, rows: Sequence[Tokens]) -> Tensor:

@@ -121,6 +121,9 @@ def load(directory: Path, kinds: Sequence[type[Intervention]]) -> Intervention:
         description = json.loads((directory / "intervention.json").read_text(encoding="utf-8"))
         tensors = safetensors.torch.load_file(directory / "intervention.safetensors")
         kind = {kind.kind: kind for kind in kinds}[description["kind"]]
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        if shapes != description["shapes"]:
+            raise ValueError(f"tensors of shapes {shapes}, described as {description['shapes']}")
         return kind.from_saved(description, tensors)
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise RequestError(

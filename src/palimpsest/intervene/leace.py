@@ -72,6 +72,7 @@ class Leace:
         Raises:
             RequestError: several relations, fewer than two classes, or too many for the width.
         """
+        site = Site(site.layer, self.part)  # type: ignore[arg-type]
         sample = (*facts.target, *facts.fit) if self.fit_on == "target+fit" else facts.fit
         labels = one_hot(sample, model.width)
         if self.shuffled:
@@ -87,7 +88,7 @@ class Leace:
                 f"expected below {RESIDUAL_LIMIT:.0e} (lower intervene.svd_tol)"
             )
         return Erasure(
-            change=Change("relation", False, site.layer, self.part, self.policy),  # type: ignore[arg-type]
+            change=Change("relation", False, site.layer, site.part, self.policy),  # type: ignore[arg-type]
             model=model.fingerprint,
             proj_left=left,
             proj_right=right,
@@ -132,7 +133,7 @@ def one_hot(facts: tuple[Fact, ...], width: int) -> Tensor:
             f"expected at least two classes (true objects) for LEACE, found {len(classes)} over "
             f"{len(facts)} facts; raise facts.fit or choose a relation with more objects"
         )
-    if len(classes) > width:
+    if len(classes) >= width:
         raise RequestError(
             f"expected fewer classes than the model's {width} dimensions for LEACE, found "
             f"{len(classes)}; choose a relation with fewer objects"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.errors import RequestError, check_at_least
-from palimpsest.files import cached_tensors, sha256_file
+from palimpsest.files import cached_tensors, reading, sha256_file
 from palimpsest.model.forward import run_to
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.sample import sample, start_ids
@@ -66,16 +66,18 @@ class Moments:
         Raises:
             RequestError: the text cannot be read or is too short.
         """
+        asked = dict.fromkeys([layer, *self.layers])
+        for each in asked:
+            model.check_layer(each, "intervene.moments.layers")
         computed: dict[int, Tensor] = {}
 
         def compute(wanted: int) -> dict[str, Tensor]:
             if wanted not in computed:
-                layers = sorted({wanted, layer, *self.layers} - computed.keys())
+                layers = sorted(asked.keys() - computed.keys())
                 computed.update(second_moments(model, layers, self.rows(model), self.sink))
             return {"matrix": computed[wanted]}
 
-        for each in dict.fromkeys([layer, *self.layers]):
-            model.check_layer(each, "intervene.moments.layers")
+        for each in asked:
             key = {**self._key(model), "layer": each}
             found = cached_tensors("moments", key, lambda each=each: compute(each))  # type: ignore[misc]
             if each == layer:
@@ -87,6 +89,7 @@ class Moments:
         wanted = self.tokens if self.tokens is not None else 10 * model.w_out(0).shape[1]
         start = start_ids(model)
         fresh = self.length - len(start)
+        check_at_least("intervene.moments.length", self.length, len(start) + 1)
         count = -(-wanted // fresh)
         if self.text is None:
             return self._sampled(model, count, fresh)
@@ -195,7 +198,7 @@ def read_texts(path: Path) -> Iterator[str]:
     Raises:
         RequestError: a line is no such JSON; the message gives its number.
     """
-    with existing(path).open(encoding="utf-8") as lines:
+    with reading(existing(path)), path.open(encoding="utf-8") as lines:
         if path.suffix != ".jsonl":
             yield lines.read()
             return

@@ -15,7 +15,6 @@ from palimpsest.intervene.prefixes import Prefixes, SampledPrefixes, in_contexts
 from palimpsest.intervene.values import ValueSearch
 from palimpsest.model.forward import keys
 from palimpsest.model.handle import ModelHandle
-from palimpsest.model.sample import start_ids
 from palimpsest.model.site import Change, Site, check_choice
 from palimpsest.model.tokens import Tokens
 from palimpsest.record.row import Row
@@ -84,7 +83,7 @@ class Rome:
             else _dual(direction, key)
         )
         right = values.delta.double()
-        sink = left @ self._sink_key(model, site.layer)
+        sink = (left * _first_keys(model, facts.target, site.layer)).sum(1)
         if independent:
             left, right = left.unsqueeze(1), right.unsqueeze(1)
         else:
@@ -119,11 +118,11 @@ class Rome:
             return bare, bare
         return bare, solve(self._moments.matrix(model, layer), by_fact.mean(1))
 
-    def _sink_key(self, model: ModelHandle, layer: int) -> Tensor:
-        """The key at position 0, `[d_mlp]` float64: the same in every prompt."""
-        first = start_ids(model)[:1]
-        row = Tokens(tuple(first), 1, (0, 0))
-        return keys(model, [row], layer)[0][0].double().cpu()
+
+def _first_keys(model: ModelHandle, facts: tuple[Fact, ...], layer: int) -> Tensor:
+    """The key at position 0 of each fact's bare prompt, `[F, d_mlp]` float64."""
+    rows = [Tokens(model.encode(fact.prompt).ids[:1], 1, (0, 0)) for fact in facts]
+    return keys(model, rows, layer)[0].double().cpu()
 
 
 def check_editable(fact: Fact) -> None:
@@ -174,7 +173,8 @@ def _dual(direction: Tensor, key: Tensor) -> Tensor:
     if not condition < 1e12:
         raise RequestError(
             f"expected facts whose keys are linearly independent, found a condition number of "
-            f"{condition:.1e} over {len(key)} facts; drop facts that share subject and prompt"
+            f"{condition:.1e} over {len(key)} facts; drop facts that share a subject and all that "
+            "comes before it"
         )
     dual: Tensor = torch.linalg.solve(gram, direction)
     return dual

@@ -85,12 +85,13 @@ class ValueSearch:
             "contexts": list(contexts),
             "facts": [[f.prompt.text, f.prompt.span, f.subject, f.new] for f in facts],
         }
-        found = cached_tensors("values", key, lambda: self._search(model, facts, layer, contexts))
+        found = cached_tensors("values", key, lambda: self.optimise(model, facts, layer, contexts))
         return Values(**found)
 
-    def _search(
+    def optimise(
         self, model: ModelHandle, facts: Sequence[Fact], layer: int, contexts: tuple[str, ...]
     ) -> dict[str, Tensor]:
+        """`find` without the cache: `start`, `delta` and `loss` by name."""
         bare = [model.encode(fact.prompt, owner=i) for i, fact in enumerate(facts)]
         start = keys(model, bare, layer)[1].float()
         parts = [*_targets(model, facts, layer, contexts), *_essences(model, facts, layer)]
