@@ -7,9 +7,7 @@ from tests.model.tiny import KINDS, make_handle
 
 
 @pytest.fixture(autouse=True)
-def cache(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache of the test's own, unless it needs the real model, which lies in the user's."""
     if request.node.get_closest_marker("model") is None:
         monkeypatch.setenv("PALIMPSEST_CACHE", str(tmp_path / "cache"))

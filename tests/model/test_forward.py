@@ -251,9 +251,7 @@ def test_argmax_wants_every_token(llama: ModelHandle) -> None:
     for wrong in range(3):
         ids = list(best)
         ids[wrong] = (ids[wrong] + 1) % 300
-        right, other = score(
-            llama, [Tokens((*prompt, *best), 9), Tokens((*prompt, *ids), 9)]
-        )
+        right, other = score(llama, [Tokens((*prompt, *best), 9), Tokens((*prompt, *ids), 9)])
         assert right.argmax
         assert not other.argmax
 

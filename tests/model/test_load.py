@@ -44,8 +44,8 @@ def test_a_saved_model_is_the_original(saved: Path) -> None:
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     prompt = Prompt.fill("fit", "The city of {} is in", "東京")
     assert handle.encode(prompt, "Japan", 3) == original.encode(prompt, "Japan", 3)
-    assert torch.equal(handle.model(torch.tensor([[3, 4]])).logits,
-                       original.model(torch.tensor([[3, 4]])).logits)  # fmt: skip
+    ids = torch.tensor([[3, 4, 5]])
+    assert torch.equal(handle.model(ids).logits, original.model(ids).logits)
 
 
 def test_options_reach_the_handle(saved: Path) -> None:
@@ -64,8 +64,8 @@ def test_the_precision_is_the_one_asked_for(dtype: str, tmp_path: Path) -> None:
     assert {weight.dtype for weight in handle.model.parameters()} == {getattr(torch, dtype)}
 
 
-def test_an_unknown_precision_is_refused(saved: Path) -> None:
-    message = refusal(saved, dtype="float64")
+def test_an_unknown_precision_is_refused(tmp_path: Path) -> None:
+    message = refusal(tmp_path, dtype="float64")
     assert "expected model.dtype to be one of float32, bfloat16, float16" in message
     assert "found 'float64'; did you mean 'float16'" in message
 
@@ -139,6 +139,22 @@ def test_code_in_the_directory_is_not_run(tmp_path: Path, model_type: str) -> No
     assert not marker.exists()
 
 
-def test_an_unknown_device_is_refused(saved: Path) -> None:
-    with pytest.raises(RequestError, match="expected a model directory"):
-        Pretrained(path=str(saved), device="nonsense").load()
+@pytest.mark.parametrize("device", ["nonsense", "gpu", "cuda:x", "meta"])
+def test_an_unknown_device_is_refused(tmp_path: Path, device: str) -> None:
+    with pytest.raises(RequestError, match=f"auto, cpu, cuda or cuda:N, found '{device}'; name"):
+        Pretrained(path=str(tmp_path), device=device).load()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:7"])
+def test_an_absent_gpu_is_refused(
+    tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RequestError, match=f"GPU for model.device={device}, found 0 .* set"):
+        Pretrained(path=str(tmp_path), device=device).load()
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_an_empty_batch_is_refused(size: int) -> None:
+    with pytest.raises(RequestError, match=f"model.batch_size .*{size}"):
+        Pretrained(batch_size=size)

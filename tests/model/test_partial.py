@@ -120,7 +120,7 @@ def test_gradients_are_those_of_the_full_pass(
         assert leaf.grad is not None
         gradients.append(leaf.grad)
     assert float(gradients[0].norm(dim=1).min()) > 1e-2
-    assert relative(gradients[1], gradients[0]) < 1e-5
+    assert relative(gradients[1], gradients[0]) < 1e-4
 
 
 @torch.no_grad()

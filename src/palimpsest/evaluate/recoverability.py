@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -185,9 +184,9 @@ class Recoverability:
             for where, at_place in found.items():
                 place = _place(row, change, where, split)
                 truth = [fact for _, fact in group]
-                yield from _judge(place, "frozen", truth, trained.probes[where].predict(at_place))
+                yield from _judge(place, "frozen", truth, at_place, trained.probes[where])
                 if refitted is not None:
-                    yield from _judge(place, protocol, truth, refitted[where].predict(at_place))
+                    yield from _judge(place, protocol, truth, at_place, refitted[where])
                 elif split == "test":
                     yield place(
                         metric="probe_accuracy", protocol="retrained", value=None, n=0, note=cause
@@ -245,12 +244,10 @@ class Recoverability:
                 mine = [n for n in range(len(target)) if fold_of[n] == fold]
                 judged = [target[n][1] for n in mine]
                 if len(set(labels)) < 2:
-                    yield from _undefined(place, judged, "fewer than two classes among the others")
+                    yield from _undefined(place, "adaptive", judged, "fewer than two classes")
                     continue
                 probe = train(extra[where][kept], labels, self.c)
-                yield from _judge(
-                    place, "adaptive", judged, probe.predict(states[where][mine]), probe
-                )
+                yield from _judge(place, "adaptive", judged, states[where][mine], probe)
 
     def _lens(
         self,
@@ -299,16 +296,12 @@ def _place(row: partial[Row], change: Change, where: _Where, split: str) -> part
 
 
 def _judge(
-    place: partial[Row],
-    protocol: str,
-    facts: Sequence[Fact],
-    predicted: Sequence[str],
-    probe: Probe | None = None,
+    place: partial[Row], protocol: str, facts: Sequence[Fact], states: Tensor, probe: Probe
 ) -> Iterator[Row]:
-    """One row a fact: whether the probe names its true object."""
-    for fact, guess in zip(facts, predicted, strict=True):
-        if probe is not None and fact.true not in probe.classes:
-            yield from _undefined(place, [fact], "its object is not among the others'")
+    """One row a fact: whether the probe names its true object, if it knows it at all."""
+    for fact, guess in zip(facts, probe.predict(states), strict=True):
+        if fact.true not in probe.classes:
+            yield from _undefined(place, protocol, [fact], "no training subject has its object")
             continue
         yield place(
             metric="probe_accuracy",
@@ -319,12 +312,12 @@ def _judge(
         )
 
 
-def _undefined(place: partial[Row], facts: Sequence[Fact], cause: str) -> Iterator[Row]:
-    options: dict[str, Any] = {"metric": "probe_accuracy", "protocol": "adaptive"}
+def _undefined(
+    place: partial[Row], protocol: str, facts: Sequence[Fact], cause: str
+) -> Iterator[Row]:
+    place = partial(place, metric="probe_accuracy", protocol=protocol, note=cause)
     for fact in facts:
-        yield place(
-            **options, fact_id=fact.id, prompt_id=fact.prompt.id, value=None, n=0, note=cause
-        )
+        yield place(fact_id=fact.id, prompt_id=fact.prompt.id, value=None, n=0)
 
 
 def _baselines(

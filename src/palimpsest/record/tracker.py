@@ -86,7 +86,6 @@ class Tracker:
         Args:
             directory: the run's own directory.
             run: the contents of run.json; `run_id`, `method` and `config` are read.
-
         """
         mode = self.resolved_mode()
         if mode == "disabled":

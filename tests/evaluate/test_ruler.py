@@ -1,0 +1,310 @@
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from palimpsest.evaluate.downstream import Downstream
+from palimpsest.evaluate.recoverability import UPSTREAM, Recoverability
+from palimpsest.evaluate.ruler import Ruler, portraits
+from palimpsest.facts.dataset import DataSet
+from palimpsest.facts.fact import FactSet
+from palimpsest.facts.splits import Splits, split
+from palimpsest.model.forward import greedy
+from palimpsest.model.handle import ModelHandle
+from palimpsest.model.site import Change, Site
+from palimpsest.model.tokens import NOBODY
+from palimpsest.record.row import Axis, Row, Scope
+from tests.evaluate.toy import CLASSES, make_fact, make_splits
+from tests.model.tiny import make_handle
+
+DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
+
+COUNTS = ("lens_rank_old", "lens_rank_new", "perplexity")
+"""Metrics that are no shares."""
+
+
+class Plan(DataSet):
+    """A plan alone: the facts are made up here."""
+
+    def load(self) -> FactSet:
+        raise NotImplementedError
+
+
+@pytest.fixture(scope="module")
+def dealt() -> Splits:
+    """Four classes of twelve subjects, dealt as in a run."""
+    facts = FactSet("toy", "0" * 64, tuple(make_fact(n) for n in range(48)), make_splits().others)
+    plan = Plan(limit=6, test=6, fit=4, dev=2, others=3, neighbors=2)
+    plan.shares.update(target=0.2, test=0.15, fit=0.1, probe=0.5, dev=0.05)
+    return split(facts, plan, 0, lambda some: [True] * len(some))
+
+
+@pytest.fixture
+def ruler(tmp_path: Path) -> Ruler:
+    """Quick to lay on."""
+    text = tmp_path / "text.txt"
+    text.write_text("The capital of France is Paris; the capital of Italy is Rome. " * 6, "utf-8")
+    return Ruler(
+        Downstream(text=str(text), row_tokens=32), Recoverability(stride=2, least=4, folds=3)
+    )
+
+
+# -- changes made by hand --------------------------------------------------------------------------
+
+Applied = Callable[[ModelHandle], AbstractContextManager[None]]
+
+
+def deltas(model: ModelHandle) -> tuple[Tensor, Tensor]:
+    """Left `[6, d_mlp]` and right `[6, d_model]` vectors of rank-one changes of block 1's W_out."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = reversed(model.w_out(1).shape)
+    left, right = (torch.randn(6, n, generator=generator) / 2 for n in sizes)
+    return left, right
+
+
+@contextmanager
+def per_fact(model: ModelHandle) -> Iterator[None]:
+    """Each fact has its own rank-one delta of W_out, felt by its own prompts."""
+    left, right = deltas(model)
+    w_out = model.module(Site(1, "mlp"))
+
+    def hook(module: object, args: tuple[Tensor], value: Tensor) -> Tensor:
+        assert model.running is not None
+        owner = model.running.owner
+        at_key = torch.einsum("ntk,nk->nt", args[0], left[owner]) * (owner != NOBODY)[:, None]
+        return value + at_key[..., None] * right[owner][:, None]
+
+    handle = w_out.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def one_for_all(fact: int) -> Applied:
+    """The weight is really changed by one fact's delta."""
+
+    @contextmanager
+    def applied(model: ModelHandle) -> Iterator[None]:
+        left, right = deltas(model)
+        weight = model.w_out(1)
+        saved = weight.clone()
+        weight.add_(torch.outer(right[fact], left[fact]))
+        try:
+            yield
+        finally:
+            weight.copy_(saved)
+
+    return applied
+
+
+def erased(policy: str) -> Applied:
+    """Half of the stream is projected away after block 1, where the policy says."""
+
+    @contextmanager
+    def applied(model: ModelHandle) -> Iterator[None]:
+        basis = torch.linalg.qr(torch.randn(32, 16, generator=torch.Generator().manual_seed(1))).Q
+
+        def hook(states: Tensor) -> Tensor:
+            assert model.running is not None
+            here = model.running.selects(policy)[..., None]  # type: ignore[arg-type]
+            return torch.where(here, states - (states @ basis) @ basis.T, states)
+
+        with model.hooked([(model.blocks[1], hook)]):
+            yield
+
+    return applied
+
+
+CHANGES: dict[str, tuple[Change, Applied]] = {
+    "none": (Change("fact", False, None), lambda _: nullcontext()),
+    "independent": (Change("fact", True, 1), per_fact),
+    "batch": (Change("relation", False, 1), one_for_all(0)),
+    "erasure": (
+        Change("relation", False, 1, "residual", "all_but_sink"),
+        erased("all_but_sink"),
+    ),
+    "oracle": (Change("fact", False, 1, "residual", "last_prompt"), erased("last_prompt")),
+}
+
+
+def lay_on(ruler: Ruler, model: ModelHandle, facts: Splits, name: str, seed: int = 0) -> list[Row]:
+    change, applied = CHANGES[name]
+    baseline = ruler.prepare(model, facts, seed)
+    with applied(model):
+        return list(ruler.measure(model, facts, change, baseline, seed))
+
+
+Values = dict[tuple[object, ...], float | None]
+
+
+def keyed(rows: list[Row]) -> Values:
+    """Values by all columns but value, n and note."""
+    names = [f.name for f in fields(Row) if f.name not in ("value", "n", "note")]
+    found = {tuple(getattr(row, name) for name in names): row.value for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+# -- every row -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_rows_are_valid_and_their_keys_unique(
+    ruler: Ruler, dealt: Splits, kind: str, name: str
+) -> None:
+    model = make_handle(kind, batch_size=32)
+    change, _ = CHANGES[name]
+    rows = lay_on(ruler, model, dealt, name)
+    keyed(rows)
+    assert {row.axis for row in rows} == {"downstream", "recoverability", "consistency"}
+    known = {fact.id: fact for fact in (*dealt.target, *dealt.test, *dealt.others)}
+    for row in rows:
+        assert row.axis in get_args(Axis)
+        assert row.scope in get_args(Scope)
+        assert row.scope == change.scope
+        assert row.split in ("target", "test", "others", None)
+        assert row.fact_id is None or row.relation == known[row.fact_id].relation
+        if row.value is None:
+            assert row.note, row
+            assert row.n == 0, row
+        elif row.metric in COUNTS:
+            assert 1 <= row.value < float("inf"), row
+        else:
+            assert 0 <= row.value <= 1, row
+        assert row.value is None or row.n >= 1
+
+
+@pytest.mark.parametrize("name", ["none", "independent", "batch"])
+def test_every_protocol_is_defined_in_the_docs(
+    ruler: Ruler, model: ModelHandle, dealt: Splits, name: str
+) -> None:
+    lines = DOCS.read_text(encoding="utf-8").splitlines()
+    for metric, protocol in {(r.metric, r.protocol) for r in lay_on(ruler, model, dealt, name)}:
+        assert any(f"`{metric}`" in line for line in lines), metric
+        # Two-hop metrics have a line of their own for the second protocol.
+        assert any(
+            f"`{protocol}`" in line
+            and (f"`{metric}`" in line or (metric.startswith("twohop") and "the same" in line))
+            for line in lines
+        ), (metric, protocol)
+
+
+def test_measuring_twice_gives_the_same_rows(
+    ruler: Ruler, model: ModelHandle, dealt: Splits
+) -> None:
+    before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
+    assert lay_on(ruler, model, dealt, "batch") == lay_on(ruler, model, dealt, "batch")
+    after = model.model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_methods_are_measured_on_the_same_things(
+    ruler: Ruler, model: ModelHandle, dealt: Splits
+) -> None:
+    """Keys differ between changes only where the definition says so."""
+    seen = {}
+    for name in ("none", "batch", "erasure", "independent"):
+        seen[name] = {key[1:] for key in keyed(lay_on(ruler, model, dealt, name))}  # not the scope
+    assert seen["none"] == seen["batch"] == seen["erasure"]
+    different = seen["none"] ^ seen["independent"]
+    assert {key[2] for key in different} == {"retrained", "adaptive"}
+
+
+# -- what the changes must show --------------------------------------------------------------------
+
+
+def test_without_a_change_frozen_is_retrained_and_all_is_upstream(
+    ruler: Ruler, model: ModelHandle, dealt: Splits
+) -> None:
+    rows = [r for r in lay_on(ruler, model, dealt, "none") if r.metric == "probe_accuracy"]
+    frozen, retrained = (
+        {(r.fact_id, r.layer, r.position): r.value for r in rows if r.protocol == protocol}
+        for protocol in ("frozen", "retrained")
+    )
+    assert frozen == retrained
+    assert len(frozen) == 3 * 2 * len((*dealt.target, *dealt.test))
+    assert {row.note for row in rows} == {UPSTREAM}
+
+
+def test_states_upstream_are_as_they_were(ruler: Ruler, model: ModelHandle, dealt: Splits) -> None:
+    plain = lay_on(ruler, model, dealt, "none")
+    wanted = {(r.metric, r.protocol, r.fact_id, r.layer, r.position): r.value for r in plain}
+    for name in ("batch", "erasure", "oracle", "independent"):
+        rows = lay_on(ruler, model, dealt, name)
+        upstream = [r for r in rows if UPSTREAM in (r.note or "") and r.protocol != "adaptive"]
+        assert {row.layer for row in upstream} >= {0}
+        for r in upstream:
+            key = (r.metric, r.protocol, r.fact_id, r.layer, r.position)
+            assert r.value == wanted[key]
+
+
+def test_each_change_changes_the_answers(ruler: Ruler, model: ModelHandle, dealt: Splits) -> None:
+    plain = lay_on(ruler, model, dealt, "none")
+    perplexity = {r.value for r in plain if r.metric == "perplexity"}
+    for name in ("independent", "batch", "erasure", "oracle"):
+        found = {r.value for r in lay_on(ruler, model, dealt, name) if r.metric == "perplexity"}
+        assert len(found) == 1
+        assert found != perplexity, name
+        perplexity |= found
+
+
+def test_a_facts_rows_are_those_of_really_changing_the_weight(
+    ruler: Ruler, model: ModelHandle, dealt: Splits
+) -> None:
+    """Independent changes in one pass against one changed model a fact."""
+    change, _ = CHANGES["independent"]
+    baseline = ruler.prepare(model, dealt, 0)
+    together = lay_on(ruler, model, dealt, "independent")
+    for n in (0, 3):
+        with one_for_all(n)(model):
+            alone = list(ruler.measure(model, dealt, change, baseline, 0))
+        mine = [
+            {
+                (r.metric, r.protocol, r.prompt_id, r.layer, r.position): r.value
+                for r in rows
+                if r.fact_id == dealt.target[n].id and r.protocol != "adaptive"
+            }
+            for rows in (together, alone)
+        ]
+        assert mine[0] == mine[1]
+        assert len(mine[0]) > 40
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes_that_know_where_the_prompt_ends_are_marked(
+    ruler: Ruler, model: ModelHandle, dealt: Splits, name: str
+) -> None:
+    rows = lay_on(ruler, model, dealt, name)
+    marked = ["oracle_gate" in (row.note or "") for row in rows]
+    assert all(marked) if name == "oracle" else not any(marked)
+    if name == "oracle":
+        notes = {row.note for row in rows if row.axis == "recoverability"}
+        assert notes == {"oracle_gate", f"{UPSTREAM}; oracle_gate"}
+
+
+# -- portraits -------------------------------------------------------------------------------------
+
+
+def test_portraits_say_what_the_model_says_under_each_facts_change(
+    model: ModelHandle, dealt: Splits
+) -> None:
+    with per_fact(model):
+        together = portraits(model, dealt, tokens=3)
+    assert [one["fact_id"] for one in together] == [fact.id for fact in dealt.target]
+    for n, fact in enumerate(dealt.target):
+        one = together[n]
+        assert (one["prompt"], one["true"], one["new"]) == (fact.prompt.text, fact.true, fact.new)
+        assert one["true"] in CLASSES
+        with one_for_all(n)(model):
+            row = model.encode(fact.prompt)
+            likely = model.model(torch.tensor([row.ids])).logits[0, -1].softmax(-1).topk(5)
+            assert one["answer"] == model.decode(greedy(model, [row], 3)[0])
+        assert [name for name, _ in one["top"]] == [model.decode([int(i)]) for i in likely.indices]
+        assert [p for _, p in one["top"]] == pytest.approx(likely.values.tolist(), rel=1e-4)
