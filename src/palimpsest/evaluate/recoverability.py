@@ -278,14 +278,15 @@ class Recoverability:
                     yield place(metric=metric, protocol="logit_lens", value=shown)
 
 
+@torch.no_grad()
 def embeddings(model: ModelHandle, rows: Sequence[Tokens]) -> Tensor:
     """Mean input embedding of each subject's tokens, `[n, d_model]`: what names leak."""
-    table = model.model.get_input_embeddings().weight
+    table = model.model.get_input_embeddings()
     means = []
     for row in rows:
         first, last = row.subject or (0, len(row.ids) - 1)
-        ids = torch.tensor(row.ids[first : last + 1], device=table.device)
-        means.append(table[ids].float().mean(0).cpu())
+        ids = torch.tensor(row.ids[first : last + 1], device=model.device)
+        means.append(table(ids).float().mean(0).cpu())
     return torch.stack(means)
 
 

@@ -39,7 +39,7 @@ def forward(handle: ModelHandle, batch: Batch, cache: DynamicCache | None = None
 def logits(handle: ModelHandle, states: Tensor) -> Tensor:
     """Logits `[..., vocabulary]` in float32 of final hidden states `[..., d_model]`."""
     scores: Tensor = handle.model.get_output_embeddings()(states).float()
-    cap = getattr(handle.model.config, "final_logit_softcapping", None)
+    cap = getattr(handle.model.config.get_text_config(), "final_logit_softcapping", None)
     return scores if cap is None else cap * torch.tanh(scores / cap)
 
 
@@ -67,10 +67,12 @@ def features(
     """States at sites and named positions.
 
     Returns:
-        float32 `[len(sites), len(positions), len(rows), d_model]` on the CPU. The layer `EMBEDDING`
-        stands for the input of the first block. Only the layers up to the highest site are run.
+        float32 `[len(sites), len(positions), len(rows), d_model]` on the CPU (float64 of a model in
+        double precision). The layer `EMBEDDING` stands for the input of the first block. Only the
+        layers up to the highest site are run.
     """
-    out = torch.empty(len(sites), len(positions), len(rows), handle.width)
+    dtype = torch.promote_types(handle.model.dtype, torch.float32)
+    out = torch.empty(len(sites), len(positions), len(rows), handle.width, dtype=dtype)
     top = max(site.layer for site in sites)
     for group in batches(rows, handle.batch_size):
         batch = collate([rows[i] for i in group], handle.device)
@@ -79,7 +81,7 @@ def features(
             run_to(handle, batch, max(top, 0))
         for s, site in enumerate(sites):
             picked = states[site][torch.arange(len(group)), index]
-            out[s][:, torch.tensor(group)] = picked.float().cpu()
+            out[s][:, torch.tensor(group)] = picked.to(out)
     return out
 
 

@@ -5,6 +5,7 @@ its weight transposed, and which module is W_out. Everything is checked when the
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -17,9 +18,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from palimpsest.errors import RequestError
-from palimpsest.model.architecture import architecture_of
+from palimpsest.model import offload
+from palimpsest.model.architecture import architecture_of, part
 from palimpsest.model.site import Site
 from palimpsest.model.tokens import NOBODY, Batch, Spanned, Tokens
+
+_NOT_THE_MODEL = {
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "transformers_version",
+    "use_cache",
+}
+"""Keys of a configuration that say nothing of what the model computes (weights carry the dtype)."""
 
 
 class ModelHandle:
@@ -55,11 +67,17 @@ class ModelHandle:
         self.batch_size = batch_size
         self.running: Batch | None = None
         self.architecture = architecture_of(model, model.config.model_type)
-        self.decoder = model.get_submodule(self.architecture.decoder)
-        self.blocks = list(self.decoder.get_submodule(self.architecture.blocks).children())
-        self.final_norm = self.decoder.get_submodule(self.architecture.final_norm)
-        self.width = int(model.config.hidden_size)
+        self.decoder = part(model, self.architecture.decoder)
+        self.blocks = list(part(self.decoder, self.architecture.blocks).children())
+        self.final_norm = self._after_blocks()
+        self.width = int(model.config.get_text_config().hidden_size)
         self._check()
+
+    def _after_blocks(self) -> nn.Module:
+        """From the last block's output to the head's input; a model may lack either step."""
+        paths = (self.architecture.final_norm, self.architecture.projection)
+        present = [p for p in paths if p is not None and getattr(self.decoder, p, p) is not None]
+        return nn.Sequential(*[part(self.decoder, path) for path in present])
 
     def _check(self) -> None:
         if not self.tokenizer.is_fast:
@@ -68,11 +86,20 @@ class ModelHandle:
                 f"{type(self.tokenizer).__name__}; convert it with transformers' AutoTokenizer"
             )
         for layer in range(self.n_layers):
-            shape = tuple(self.w_out(layer).shape)
-            if shape[0] != self.width:
+            module = self.module(Site(layer, "mlp"))
+            weight = getattr(module, "weight", None)
+            shape = tuple(_orient(module, weight).shape) if isinstance(weight, Tensor) else ()
+            if len(shape) != 2 or shape[0] != self.width:
                 raise RequestError(
                     f"expected W_out of layer {layer} to write {self.width} features, found shape "
                     f"{shape} (out, in); mend the row in palimpsest/model/architecture.py"
+                )
+            self.module(Site(layer, "attention"))
+            device = offload.device_of(module)
+            if device != self.device:
+                raise RequestError(
+                    f"expected all blocks to run on {self.device}, where the embeddings run, found "
+                    f"layer {layer} on {device}; name at most one GPU in model.device_map"
                 )
 
     @property
@@ -82,14 +109,22 @@ class ModelHandle:
 
     @property
     def device(self) -> torch.device:
-        """Where the embeddings, and so the inputs, live."""
-        return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
+        """Where the embeddings run, and so where inputs go."""
+        return offload.device_of(self.model.get_input_embeddings())
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over every weight, the configuration's type and the tokenizer; no path in it."""
-        digest = hashlib.sha256(self.model.config.model_type.encode())
+        """SHA-256 over every weight, the configuration and the tokenizer; no path in it.
+
+        Of the configuration what differs from the model type's defaults counts: rope's base, norms'
+        epsilons, activations and the like stand in no weight.
+        """
+        described = _describing(self.model.config.to_diff_dict())
+        digest = hashlib.sha256(json.dumps(described, default=str, sort_keys=True).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
+            if tensor.is_meta:
+                owner, _, own = name.rpartition(".")
+                tensor = offload.stored(self.model.get_submodule(owner), own)
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
@@ -118,14 +153,17 @@ class ModelHandle:
         if site.part == "residual":
             return block
         path = self.architecture.w_out if site.part == "mlp" else self.architecture.attention
-        return block.get_submodule(path)
+        return part(block, path)
 
     def w_out(self, layer: int) -> Tensor:
-        """W_out of a layer as `[d_model, d_mlp]`: a view that writes through to the parameter."""
+        """W_out of a layer as `[d_model, d_mlp]`: a view that writes through to the parameter.
+
+        If the parameter is offloaded, its value is from now on kept in CPU memory.
+        """
         module = self.module(Site(layer, "mlp"))
         weight = module.weight
         assert isinstance(weight, Tensor)
-        return weight.data.T if isinstance(module, Conv1D) else weight.data
+        return _orient(module, offload.resident(module, "weight") if weight.is_meta else weight)
 
     # -- text to tokens ---------------------------------------------------------------------------
 
@@ -173,13 +211,13 @@ class ModelHandle:
     ) -> Iterator[None]:
         """Run functions on modules' outputs while the context lasts.
 
-        Each function sees the output tensor, whether the module returns it bare or first in a
-        tuple, and returns its replacement, or None to leave it.
+        Each function sees the output tensor `[n, t, ...]`, whether the module returns it bare or
+        first in a tuple, and returns its replacement, or None to leave it.
         """
         handles: list[RemovableHandle] = []
         try:
             for module, function in hooks:
-                handles.append(module.register_forward_hook(_on_output(function)))
+                handles.append(module.register_forward_hook(_on_output(self._by_row(function))))
             yield
         finally:
             for handle in handles:
@@ -193,13 +231,39 @@ class ModelHandle:
         handles: list[RemovableHandle] = []
         try:
             for module, function in hooks:
-                handles.append(
-                    module.register_forward_pre_hook(_on_input(function), with_kwargs=True)
-                )
+                hook = _on_input(self._by_row(function))
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _by_row(
+        self, function: Callable[[Tensor], Tensor | None]
+    ) -> Callable[[Tensor], Tensor | None]:
+        """Let a function see `[n, t, ...]` where a module (OPT's MLP) sees `[n t, ...]`."""
+
+        def by_row(states: Tensor) -> Tensor | None:
+            if self.running is None or states.dim() != 2:
+                return function(states)
+            changed = function(states.unflatten(0, self.running.ids.shape))
+            return None if changed is None else changed.flatten(0, 1)
+
+        return by_row
+
+
+def _describing(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration, and those inside it, without what says nothing of the model."""
+    return {
+        key: _describing(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _NOT_THE_MODEL
+    }
+
+
+def _orient(module: nn.Module, weight: Tensor) -> Tensor:
+    """A module's weight as (out, in)."""
+    return weight.data.T if isinstance(module, Conv1D) else weight.data
 
 
 def _on_output(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:

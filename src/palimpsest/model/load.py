@@ -3,9 +3,10 @@
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -27,6 +28,8 @@ class Pretrained:
         prefix: text put before every prompt.
         dtype: `float32`, `bfloat16` or `float16`.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ...
+        device_map: in place of `device`, a plan of accelerate's such as `auto`: weights that do not
+            fit the GPU lie in CPU memory or on disk and are fetched when they are needed.
         batch_size: rows in one forward pass.
         revision: the hub's branch, tag or commit.
         trust_remote_code: run code that the model's repository brings; never unless asked for.
@@ -38,6 +41,7 @@ class Pretrained:
     prefix: str = ""
     dtype: str = "float32"
     device: str = "auto"
+    device_map: str | None = None
     batch_size: int = 64
     revision: str | None = None
     trust_remote_code: bool = False
@@ -47,10 +51,15 @@ class Pretrained:
         """Check the choices.
 
         Raises:
-            RequestError: unknown dtype, or an empty batch.
+            RequestError: unknown dtype, an empty batch, or a device beside a device map.
         """
         check_choice("model.dtype", self.dtype, Precision)
         check_at_least("model.batch_size", self.batch_size, 1)
+        if self.device_map is not None and self.device != "auto":
+            raise RequestError(
+                f"expected model.device or model.device_map, found both ({self.device!r} and "
+                f"{self.device_map!r}); leave model.device at auto"
+            )
 
     def load(self) -> ModelHandle:
         """Load model and tokenizer.
@@ -64,12 +73,23 @@ class Pretrained:
         options = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                source, dtype=getattr(torch, self.dtype), use_safetensors=True, **options
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=getattr(torch, self.dtype),
+                use_safetensors=True,
+                output_loading_info=True,
+                device_map=self.device_map,
+                **options,
             )
-            model.to(device)  # type: ignore[arg-type]
-        except (OSError, ValueError, RuntimeError) as error:
-            raise RequestError(self._cannot_load(source, error)) from error
+            model: PreTrainedModel = loaded[0]
+            if self.device_map is None:
+                model.to(device)  # type: ignore[arg-type]
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise RequestError(self._cannot_load(source, str(error))) from error
+        if missing := sorted(loaded[1]["missing_keys"]):  # transformers would draw them at random
+            raise RequestError(self._cannot_load(source, f"no weights for {', '.join(missing)}"))
+        if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+            raise RequestError(self._cannot_load(source, "a tokenizer without a vocabulary"))
         name = self.name if self.path is None else Path(self.path).name
         return ModelHandle(model, tokenizer, name, self.prefix, self.batch_size)
 
@@ -90,11 +110,12 @@ class Pretrained:
             )
         return device
 
-    def _cannot_load(self, source: str, error: Exception) -> str:
+    def _cannot_load(self, source: str, error: str) -> str:
         kind = "a model directory" if Path(source).exists() else "a local directory or a hub id"
-        cause = " ".join(str(error).split())[:200]
+        cause = " ".join(error.split())[:200]
+        placed = "" if self.device_map is None else "check model.device_map, "
         return (
             f"expected {kind} with safetensors weights and a tokenizer, found {source!r} "
-            f"({cause}); set model.path to a directory written by save_pretrained, or check the id "
-            "and the network"
+            f"({cause}); {placed}set model.path to a directory written by save_pretrained, or "
+            "check the id and the network"
         )

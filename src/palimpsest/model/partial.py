@@ -32,12 +32,14 @@ class Resume:
         cached: by block from `layer` on (and block 0, whose length the mask is made from), keys and
             values `[n, heads, cached, d_head]` of the earlier tokens, padded on the left. Never
             changed: each run concatenates into tensors of its own.
+        in_tuple: whether blocks return their output first in a tuple.
     """
 
     layer: int
     batch: Batch
     states: Tensor
     cached: dict[int, tuple[Tensor, Tensor]]
+    in_tuple: bool
 
     @classmethod
     @torch.no_grad()
@@ -52,7 +54,8 @@ class Resume:
         """
         kept: list[Tensor] = []
         cache = DynamicCache()
-        with handle.hooked_input([(handle.blocks[layer], kept.append)]):
+        block = handle.blocks[layer]
+        with handle.hooked_input([(block, kept.append)]), _returning(block) as outputs:
             forward(handle, batch, cache)
         rest = batch.since(starts)
         index = rest.positions.unsqueeze(-1)
@@ -62,7 +65,8 @@ class Resume:
             for number, entry in enumerate(entries)
             if number == 0 or number >= layer
         }
-        return cls(layer, rest, kept[0].take_along_dim(index, 1), cached)
+        states = kept[0].take_along_dim(index, 1)
+        return cls(layer, rest, states, cached, isinstance(outputs[0], tuple))
 
     def run(self, handle: ModelHandle) -> Tensor:
         """Final hidden states `[n, t, d_model]` of the rows from their first changed tokens on.
@@ -70,7 +74,7 @@ class Resume:
         Gradients flow to whatever hooks add. Equal to a full forward pass under the same hooks.
         """
         with (
-            _passed_over(handle.blocks[: self.layer]),
+            _passed_over(handle.blocks[: self.layer], self.in_tuple),
             handle.hooked_input([(handle.blocks[self.layer], lambda _: self.states)]),
         ):
             return forward(handle, self.batch, self._cache(handle.n_layers))
@@ -90,16 +94,31 @@ def _before(entries: Tensor, starts: Tensor) -> Tensor:
 
 
 @contextmanager
-def _passed_over(blocks: list[nn.Module]) -> Iterator[None]:
-    """Let blocks hand their input on while the context lasts."""
+def _returning(module: nn.Module) -> Iterator[list[Any]]:
+    """Collect what a module returns, as it is, while the context lasts."""
+    outputs: list[Any] = []
+    hook = module.register_forward_hook(lambda *call: outputs.append(call[-1]))
+    try:
+        yield outputs
+    finally:
+        hook.remove()
 
-    def same(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states
 
+@contextmanager
+def _passed_over(blocks: list[nn.Module], in_tuple: bool) -> Iterator[None]:
+    """Let blocks hand their input on, in the form of their output, while the context lasts."""
+
+    def same(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        return (hidden_states,) if in_tuple else hidden_states
+
+    own = [vars(block).get("forward") for block in blocks]  # accelerate sets it on the instance
     try:
         for block in blocks:
             block.forward = same
         yield
     finally:
-        for block in blocks:
-            del block.forward
+        for block, before in zip(blocks, own, strict=True):
+            if before is None:
+                del block.forward
+            else:
+                block.forward = before
