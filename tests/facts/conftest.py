@@ -38,6 +38,30 @@ def record() -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture
+def traced() -> Callable[..., dict[str, Any]]:
+    """Makes one record of the flat shape that copies for causal tracing have."""
+
+    def make(
+        subject: str = "Danielle Darrieux", prefix: str = "The mother tongue of", **more: Any
+    ) -> dict[str, Any]:
+        lead = f"{prefix} " if prefix else ""
+        return {
+            "relation": "The mother tongue of {} is",
+            "relation_prefix": prefix,
+            "relation_suffix": " is",
+            "prompt": f"{lead}{subject} is",
+            "relation_id": "P103",
+            "target_false_id": "Q1860",
+            "target_true_id": "Q150",
+            "target_true": " French",
+            "target_false": " English",
+            "subject": f" {subject}" if prefix else subject,
+        } | more
+
+    return make
+
+
+@pytest.fixture
 def write(tmp_path: Path) -> Write:
     """Writes a CounterFact file."""
 

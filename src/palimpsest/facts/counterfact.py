@@ -1,15 +1,16 @@
-"""CounterFact (Meng et al. 2022, arXiv:2202.05262), read from its original file."""
+"""CounterFact (Meng et al. 2022, arXiv:2202.05262), from its original file or a hub's copy."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from palimpsest.errors import RequestError, nearest
+from palimpsest.errors import RequestError
+from palimpsest.facts import records
 from palimpsest.facts.dataset import DataSet
 from palimpsest.facts.fact import Fact, FactSet, Prompt
-from palimpsest.files import fingerprint, sha256_file
+from palimpsest.facts.selection import select
+from palimpsest.files import fingerprint
 
 T = TypeVar("T")
 
@@ -19,10 +20,13 @@ class CounterFact(DataSet):
     """Facts with a new object, two paraphrases and ten neighborhood prompts each.
 
     Few records share a relation, so that targets get a larger share than in `World`. Objects stand
-    as in the file, without the articles that English may need.
+    as in the file, without the articles that English may need. Copies on the model hub come in two
+    shapes, told apart by their keys: the original one, and a flat one (`target_true`,
+    `target_false`) whose facts have no paraphrases and no neighborhood prompts.
 
     Attributes:
-        path: the original file, a JSON list of records, or the same records one JSON per line.
+        path: a JSON list of records, one JSON record per line, a parquet file, or a directory with
+            parquet files.
         relations: relation ids to use, such as `P17`; empty for all. Facts of the relations that
             are left out serve as `others`; so there are no others when all are used.
     """
@@ -46,8 +50,8 @@ class CounterFact(DataSet):
         """Read the file.
 
         Raises:
-            RequestError: no path is given, the file is missing or not JSON, a record is malformed,
-                a relation id is unknown, or no record is there.
+            RequestError: no path is given, the file is missing or neither JSON nor parquet, a
+                record is malformed, a relation id is unknown, or no record is there.
         """
         if not self.path:
             raise RequestError(
@@ -55,63 +59,39 @@ class CounterFact(DataSet):
                 "give the original counterfact.json, or its records one per line"
             )
         path = Path(self.path).expanduser()
-        records = _records(path)
-        facts = _distinct([_fact(record, where) for where, record in records])
-        self._check_relations(facts, path)
-        selected = set(self.relations) or {fact.relation for fact in facts}
-        chosen = tuple(fact for fact in facts if fact.relation in selected)
-        return FactSet(
-            name="counterfact",
-            fingerprint=fingerprint({"file": sha256_file(path), "relations": sorted(selected)}),
-            facts=chosen,
-            others=tuple(fact for fact in facts if fact.relation not in selected),
-            counts={"records": len(records), "subjects": len(facts), "selected": len(chosen)},
-        )
-
-    def _check_relations(self, facts: Sequence[Fact], path: Path) -> None:
+        found = records.read(path)
+        facts = _distinct([_fact(record, where, i) for i, (where, record) in enumerate(found)])
         if not facts:
             raise RequestError(
                 f"expected CounterFact records in {path}, found none; give the original file"
             )
-        present = {fact.relation for fact in facts}
-        for relation in self.relations:
-            if relation not in present:
-                raise RequestError(
-                    f"expected relation ids that occur in {path}, found {relation!r} in "
-                    f"facts.relations; {nearest(relation, present)}"
-                )
+        chosen, others = select(facts, self.relations, path)
+        used = sorted({fact.relation for fact in chosen})
+        return FactSet(
+            name="counterfact",
+            fingerprint=fingerprint({"file": records.digest(path), "relations": used}),
+            facts=chosen,
+            others=others,
+            counts={"records": len(found), "subjects": len(facts), "selected": len(chosen)},
+        )
 
 
-def _records(path: Path) -> list[tuple[str, object]]:
-    """The file's records, each with its place in words for error messages."""
-    if not path.is_file():
-        raise RequestError(f"expected a CounterFact file at {path}, found none; correct facts.path")
-    try:
-        text = path.read_text(encoding="utf-8")
-        if text.lstrip().startswith("["):
-            return [(f"record {i} of {path}", record) for i, record in enumerate(json.loads(text))]
-        lines = enumerate(text.splitlines(), start=1)
-        return [(f"line {i} of {path}", _json(line, i)) for i, line in lines if line.strip()]
-    except OSError as error:
+def _fact(record: object, where: str, index: int) -> Fact:
+    """One fact from one record, in either shape."""
+    if isinstance(record, Mapping) and "target_false" in record:
+        fact, key = _traced(record, where, index), "target_false"
+    else:
+        fact, key = _original(record, where), "requested_rewrite.target_new"
+    if fact.true == fact.new:
         raise RequestError(
-            f"cannot read {path}: {error.strerror or error}; correct facts.path or its permissions"
-        ) from error
-    except ValueError as error:
-        raise RequestError(
-            f"expected JSON, a list of records or one record per line, in {path}, found text that "
-            f"is neither ({error}); give the original file"
-        ) from error
+            f"expected a new object other than the true one in {where}, found {fact.true!r} twice; "
+            f"correct {key}"
+        )
+    return fact
 
 
-def _json(line: str, number: int) -> object:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"line {number}: {str(error).partition(': line')[0]}") from error
-
-
-def _fact(record: object, where: str) -> Fact:
-    """One fact from one record."""
+def _original(record: object, where: str) -> Fact:
+    """The shape of the published file, and of hub copies that keep it."""
     case = _value(record, "case_id", int, where)
     rewrite = "requested_rewrite."
     subject = _value(record, rewrite + "subject", str, where)
@@ -120,11 +100,6 @@ def _fact(record: object, where: str) -> Fact:
         prompt = Prompt.fill("fit", _value(record, rewrite + "prompt", str, where), subject)
     except RequestError as error:
         raise RequestError(f"{where} has a bad requested_rewrite.prompt: {error}") from error
-    if true == new:
-        raise RequestError(
-            f"expected a new object other than the true one in {where}, found {true!r} twice; "
-            "correct requested_rewrite.target_new"
-        )
     paraphrases = _texts(record, "paraphrase_prompts", where)
     neighbors = _texts(record, "neighborhood_prompts", where)
     return Fact(
@@ -138,6 +113,26 @@ def _fact(record: object, where: str) -> Fact:
             Prompt.find(f"paraphrase/{i}", text, subject) for i, text in enumerate(paraphrases)
         ),
         neighbors=tuple(Prompt(f"neighbor/{i}", text) for i, text in enumerate(neighbors)),
+    )
+
+
+def _traced(record: Mapping[str, Any], where: str, index: int) -> Fact:
+    """The flat shape of hub copies made for causal tracing: a finished prompt, nothing to test."""
+    subject = _value(record, "subject", str, where)
+    text = _value(record, "prompt", str, where)
+    start = text.find(subject, len(str(record.get("relation_prefix") or "").strip()))
+    if start < 0:
+        raise RequestError(
+            f"expected prompt to hold its subject {subject[:60]!r} in {where}, found "
+            f"{text[:60]!r}; correct or remove the record"
+        )
+    return Fact(
+        id=f"counterfact/row-{index}",
+        relation=_value(record, "relation_id", str, where),
+        subject=subject,
+        prompt=Prompt("fit", text, (start, start + len(subject))),
+        true=_value(record, "target_true", str, where),
+        new=_value(record, "target_false", str, where),
     )
 
 

@@ -1,5 +1,6 @@
 """What should be true: prompts, facts and entailed questions. All frozen."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Self
@@ -40,8 +41,12 @@ class Prompt:
 
     @classmethod
     def find(cls, id: str, text: str, subject: str) -> Self:
-        """Mark the last occurrence of `subject` in a finished text; `span` is None without one."""
-        start = text.rfind(subject)
+        """Mark the last occurrence of `subject` in a finished text; `span` is None without one.
+
+        Occurrences inside a longer word (Rom in Romania) count only if there are no others.
+        """
+        whole = [m.start() for m in re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", text)]
+        start = whole[-1] if whole else text.rfind(subject)
         return cls(id, text, None if start < 0 else (start, start + len(subject)))
 
 

