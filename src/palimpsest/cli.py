@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 import textwrap
 import traceback
 from collections.abc import Iterator, Sequence
@@ -151,7 +152,8 @@ def _run(words: Sequence[str]) -> int:
     before = sys.argv
     sys.argv = ["palimpsest run", *words]
     try:
-        job()
+        with _scratch(words):
+            job()
     except OSError as error:
         raise _unwritable(error) from error
     except Exception as error:
@@ -159,6 +161,23 @@ def _run(words: Sequence[str]) -> int:
     finally:
         sys.argv = before
     return _outcome(failures)
+
+
+@contextmanager
+def _scratch(words: Sequence[str]) -> Iterator[None]:
+    """A directory, gone afterwards, for the file that Hydra leaves of every multirun.
+
+    Submitit's jobs read theirs on other machines: it stays, in the working directory.
+    """
+    if "PALIMPSEST_SCRATCH" in os.environ or any("submitit" in word for word in words):
+        yield
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        os.environ["PALIMPSEST_SCRATCH"] = directory
+        try:
+            yield
+        finally:
+            del os.environ["PALIMPSEST_SCRATCH"]
 
 
 def _requested(error: Exception) -> Exception:
