@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import palimpsest
 from palimpsest import __version__
-from palimpsest.cli import _check_config, resource
+from palimpsest.cli.configuration import check_config, resource
 from palimpsest.facts.dataset import DataSet
 from palimpsest.locate.fixed import Fixed
 from palimpsest.model.load import Pretrained
@@ -51,7 +51,7 @@ def test_there_is_a_group_for_each_room():
 @each_option
 def test_every_option_makes_its_part(group, option):
     config = composed(f"{group}={option}")
-    _check_config(config)
+    check_config(config)
     made = instantiate(config, _convert_="all")
     assert type(made[group]) is get_class(config[group]["_target_"])
     assert isinstance(made["model"], Pretrained)

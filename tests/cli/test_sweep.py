@@ -10,7 +10,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from palimpsest.cli import resource, sweep_overrides
+from palimpsest.cli.configuration import resource
+from palimpsest.cli.sweeps import sweep_overrides
 from palimpsest.intervene.leace import Leace
 from palimpsest.record.store import load_runs
 

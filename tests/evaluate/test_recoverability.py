@@ -308,9 +308,7 @@ def test_one_class_among_the_others_is_no_question(
     same = replace(facts, target=tuple(f for f in facts.target if f.true == "France"))
     found = judged(measure(model, same, INDEPENDENT, plant), "adaptive", "target")
     assert len(found) == 2 * 8
-    assert {(row.value, row.n, row.note) for row in found} == {
-        (None, 0, "fewer than two classes")
-    }
+    assert {(row.value, row.n, row.note) for row in found} == {(None, 0, "fewer than two classes")}
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4, 6])

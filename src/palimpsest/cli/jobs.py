@@ -1,0 +1,197 @@
+"""Runs through Hydra: one, or a grid of them."""
+
+import os
+import re
+import shlex
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from palimpsest.cli.configuration import as_request, check_config, resource
+from palimpsest.cli.words import CONSOLE, complain, say
+from palimpsest.errors import RequestError
+
+
+def run(words: Sequence[str]) -> int:
+    """Hand over to Hydra; its errors come back as one line with the nearest valid names."""
+    import hydra
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    words = _flags_first(words)
+    command = shlex.join(["palimpsest", "run", *words])
+    here = os.getpid()
+    failures: list[Exception] = []
+
+    @hydra.main(version_base="1.3", config_path=str(resource("conf")), config_name="run")
+    def job(config: DictConfig) -> None:
+        try:
+            _job(config, command)
+        except Exception as error:
+            if os.getpid() != here:  # another process: only an exception tells the launcher
+                raise
+            failures.append(as_request(error))
+
+    before = sys.argv
+    sys.argv = ["palimpsest run", *words]
+    try:
+        with _scratch(words):
+            job()
+    except OSError as error:
+        raise _unwritable(error) from error
+    except Exception as error:
+        raise as_request(error) from error
+    finally:
+        sys.argv = before
+    return _outcome(failures)
+
+
+def _outcome(failures: Sequence[Exception]) -> int:
+    """Tell every failure: wrong requests in a line each, others with their traceback."""
+    for error in failures:
+        if isinstance(error, RequestError):
+            say(f"error: {error}")
+        else:
+            traceback.print_exception(error)
+    if not failures:
+        return 0
+    return 2 if all(isinstance(error, RequestError) for error in failures) else 1
+
+
+def _flags_first(words: Sequence[str]) -> list[str]:
+    """Hydra's flags, then the overrides; its parser takes them in no other order.
+
+    Raises:
+        RequestError: an unknown flag, or an override that is not KEY=VALUE.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    parser.error = partial(complain, "palimpsest run")  # type: ignore[method-assign]
+    overrides: list[str] = parser.parse_intermixed_args(list(words)).overrides
+    for word in overrides:
+        if not re.match(r"~|\+{0,2}[^=\s+~]+=", word):
+            raise RequestError(f"expected KEY=VALUE, found {word!r}; see `palimpsest run --help`")
+    return [word for word in words if word not in overrides] + overrides
+
+
+@contextmanager
+def _scratch(words: Sequence[str]) -> Iterator[None]:
+    """A directory, gone afterwards, for the file that Hydra leaves of every multirun.
+
+    Submitit's jobs read theirs on other machines: it stays, in the working directory.
+    """
+    if "PALIMPSEST_SCRATCH" in os.environ or any("submitit" in word for word in words):
+        yield
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        os.environ["PALIMPSEST_SCRATCH"] = directory
+        try:
+            yield
+        finally:
+            del os.environ["PALIMPSEST_SCRATCH"]
+
+
+def _unwritable(error: OSError) -> Exception:
+    """What stands in the way of a multirun's directory as a wrong request."""
+    if error.filename is None or error.errno is None:
+        return as_request(error)
+    return RequestError(
+        f"cannot write {error.filename}: {error.strerror}; free the disk, change its permissions "
+        "or choose another place with record.dir="
+    )
+
+
+def _job(config: DictConfig, command: str) -> None:
+    """One run of Hydra's: check the types, build the parts, run, say where the results are."""
+    from hydra.core.hydra_config import HydraConfig
+
+    check_config(config)
+    choices = HydraConfig.get().runtime.choices
+    name = f"{choices['intervene']}"
+    _quiet()
+    from palimpsest.experiment import Experiment, run
+
+    parts = _parts(config)
+    experiment = Experiment(
+        parts["model"],
+        parts["facts"],
+        parts["locate"],
+        parts["intervene"],
+        parts["evaluate"],
+        parts["record"],
+        parts["seed"],
+        {"intervene": name, "facts": choices["facts"]},
+        OmegaConf.to_container(config, resolve=True, throw_on_missing=True),  # type: ignore[arg-type]
+        command,
+    )
+    with _phases(name) as phase:
+        directory, before = run(experiment, phase)
+    say(f"{name}: {'done before, left as it is' if before else 'done'}: {directory}")
+
+
+def _parts(config: DictConfig) -> Any:
+    """Every part, made by its `_target_`; what a part's constructor raises is raised as it is."""
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    try:
+        return instantiate(config, _convert_="all")
+    except InstantiationException as error:
+        raise error.__cause__ or error from None
+
+
+def compose_parts(words: Sequence[str]) -> Any:
+    """The parts that a run with these overrides would be made of.
+
+    Raises:
+        RequestError: the configuration is wrong.
+    """
+    from hydra import compose, initialize_config_dir
+
+    try:
+        with initialize_config_dir(str(resource("conf")), version_base="1.3"):
+            config = compose("run", list(words))
+        check_config(config)
+    except Exception as error:
+        raise as_request(error) from error
+    _quiet()
+    return _parts(config)
+
+
+@contextmanager
+def _phases(name: str) -> Iterator[Any]:
+    """A function that shows which phase of a run is under way, on a bar."""
+    bar = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=CONSOLE,
+        transient=True,
+        disable=not CONSOLE.is_terminal,
+    )
+    with bar:
+        task = bar.add_task(name, total=5)
+
+        @contextmanager
+        def phase(what: str) -> Iterator[None]:
+            bar.update(task, description=f"{name}: {what}")
+            yield
+            bar.advance(task)
+
+        yield phase
+
+
+def _quiet() -> None:
+    """Keep libraries' progress bars and notices out of the terminal."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
