@@ -14,7 +14,9 @@ SMALL = (
 
 
 def mean(run, metric, protocol, **equal):
-    return fmean(row.value for row in run.select(metric, protocol, **equal) if row.value is not None)
+    return fmean(
+        row.value for row in run.select(metric, protocol, **equal) if row.value is not None
+    )
 
 
 @pytest.fixture(scope="module")

@@ -200,3 +200,11 @@ def test_differences_cover_the_whole_configuration(write_run):
     first = write_run(run_id="0" * 12, config={"seed": 0, "a": {"b": 1, "c": 2}})
     second = write_run(run_id="1" * 12, config={"seed": 0, "a": {"b": 2, "c": 2}})
     assert differences([first, second]) == [{"a.b": "1"}, {"a.b": "2"}]
+
+
+def test_a_label_shows_the_layer_that_was_changed_however_it_was_chosen(write_run):
+    runs = [
+        write_run(run_id=str(layer) * 6, config={"locate": {"depth": depth}}, site={"layer": layer})
+        for layer, depth in ((5, "early"), (14, "late"))
+    ]
+    assert labels(runs) == ["rome [layer=5]", "rome [layer=14]"]

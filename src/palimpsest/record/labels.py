@@ -13,9 +13,9 @@ Leaves = dict[str, Any]
 def labels(runs: Sequence[Run]) -> list[str]:
     """One distinct label per run, e.g. `rome [variant=plain, layer=14]`.
 
-    A label holds the values of `config.intervene` and `config.locate` that differ between the runs
-    of the same method; where these do not suffice, those of the whole configuration but `record`,
-    and at last the run's id.
+    A label holds the values of `config.intervene` that differ between the runs of the same method,
+    and the layer that was changed if it does; where these do not suffice, those of the whole
+    configuration but `record`, and at last the run's id.
     """
     found: dict[int, str] = {}
     for method in sorted({run.method for run in runs}):
@@ -43,9 +43,8 @@ def leaves(config: Any, prefix: str = "") -> Leaves:
 
 
 def _group_labels(method: str, runs: Sequence[Run]) -> list[str]:
-    everything = [leaves(run.run.get("config", {})) for run in runs]
-    whole = [{p: v for p, v in c.items() if not p.startswith("record.")} for c in everything]
-    chosen = [_within(config, ("intervene.", "locate.")) for config in whole]
+    whole = [_settings(run) for run in runs]
+    chosen = [_within(config, ("intervene.", "locate.", "site.")) for config in whole]
     for configs in (chosen, whole):
         named = [_label(method, parts) for parts in _short(configs)]
         if len(set(named)) == len(named):
@@ -55,6 +54,15 @@ def _group_labels(method: str, runs: Sequence[Run]) -> list[str]:
         f"{name} {run.run_id[:6]}" if repeated[name] > 1 else name
         for name, run in zip(named, runs, strict=True)
     ]
+
+
+def _settings(run: Run) -> Leaves:
+    """The configuration without `record`, and the changed layer in place of how it was chosen."""
+    config = leaves(run.run.get("config", {}))
+    layer = (run.run.get("site") or {}).get("layer")
+    left_out = ("record.", "locate.") if layer is not None else ("record.",)
+    kept = {path: value for path, value in config.items() if not path.startswith(left_out)}
+    return kept if layer is None else kept | {"site.layer": layer}
 
 
 def _within(config: Leaves, prefixes: tuple[str, ...]) -> Leaves:
