@@ -4,13 +4,28 @@ from statistics import fmean
 
 import pytest
 
+from palimpsest.cli import main
 from palimpsest.record.store import load_runs
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
-SMALL = (
-    "facts.limit=8 facts.test=32 facts.fit=96 facts.probe=80 facts.dev=0 facts.others=12 contexts=1"
-).split()
+SMALL = [
+    "facts.limit=8",
+    "facts.test=32",
+    "facts.fit=96",
+    "facts.probe=80",
+    "facts.dev=0",
+    "facts.others=12",
+    "contexts=1",
+    "record=local",
+]
+
+
+METHODS = {
+    "none": [],
+    "rome": ["locate.depth=early", "intervene.moments.tokens=3000"],
+    "leace": ["locate.depth=late"],
+}
 
 
 def mean(run, metric, protocol, **equal):
@@ -22,18 +37,13 @@ def mean(run, metric, protocol, **equal):
 @pytest.fixture(scope="module")
 def runs(smollm2_dir, tmp_path_factory):
     """None, ROME and LEACE on the same eight facts of the world."""
-    from palimpsest.cli import main
-
     home = tmp_path_factory.mktemp("smollm2")
-    same = [f"model.path={smollm2_dir}", *SMALL, "record=local"]
-    for name, words in {
-        "none": [],
-        "rome": ["locate.depth=early", "intervene.moments.tokens=3000"],
-        "leace": ["locate.depth=late"],
-    }.items():
-        words = [f"intervene={name}", f"record.dir={home / name}", *words, *same]
-        assert main(["run", *words]) == 0
-    return {name: load_runs(home / name)[0] for name in ("none", "rome", "leace")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PALIMPSEST_CACHE", str(home / "cache"))
+        for name, words in METHODS.items():
+            same = [f"intervene={name}", f"model.path={smollm2_dir}", f"record.dir={home / name}"]
+            assert main(["run", *same, *words, *SMALL]) == 0
+    return {name: load_runs(home / name)[0] for name in METHODS}
 
 
 def test_rome_writes_the_new_object_and_keeps_the_neighbors(runs):

@@ -172,6 +172,28 @@ def test_opening_clears_an_unfinished_attempt_but_not_other_files(tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["error"] is None
 
 
+def test_an_interrupted_run_keeps_its_complete_sections(tmp_path):
+    store = RunStore.open(tmp_path, RUN)
+    store.append([row()], section="fit")
+    store.append([row(metric="paraphrase")])  # of a section that was not finished
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('{"metric": "torn')
+    again = RunStore.open(tmp_path, RUN)
+    assert again.has("fit")
+    assert not again.has("downstream")
+    again.append([row(metric="paraphrase")], section="downstream")
+    with pytest.raises(ValueError, match="two rows with the same key"):
+        again.append([row()])
+    again.finish()
+    assert sorted(r.metric for r in load_runs(tmp_path)[0].rows) == ["efficacy", "paraphrase"]
+
+
+@pytest.mark.parametrize("name", ["versions", "git_commit", "device", "run_id"])
+def test_sections_made_by_something_else_are_not_kept(tmp_path, name):
+    RunStore.open(tmp_path, {**RUN, name: "one"}).append([row()], section="fit")
+    assert not RunStore.open(tmp_path, {**RUN, name: "other"}).has("fit")
+
+
 def test_a_finished_run_is_left_alone(tmp_path):
     RunStore.open(tmp_path, RUN).finish()
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
