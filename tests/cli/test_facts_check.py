@@ -20,7 +20,7 @@ def test_every_problem_is_told_with_its_line(call, tmp_path):
     file = facts(tmp_path, [fact("Lyon", "France"), broken, {"subject": "Rome"}])
     outcome = call("facts", "check", file)
     assert outcome.code == 2
-    assert "2 problems" in outcome.out
+    assert "4 problems" in outcome.out
     assert "line 2" in outcome.out
     assert "line 3" in outcome.out
 
