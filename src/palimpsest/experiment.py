@@ -21,7 +21,7 @@ from palimpsest.model.site import Site
 from palimpsest.record import provenance
 from palimpsest.record.provenance import Stopwatch
 from palimpsest.record.recording import Recording
-from palimpsest.record.store import RunStore, is_done
+from palimpsest.record.store import RunStore, check_earlier, is_done
 
 Phase = Callable[[str], AbstractContextManager[None]]
 """Shows, for the length of a context, what is being done."""
@@ -78,6 +78,7 @@ def run(experiment: Experiment, phase: Phase) -> tuple[Path, bool]:
     site = experiment.locate.site(model, experiment.method.part)
     record = _record(experiment, model, facts, site)
     directory = experiment.recording.directory / record["run_id"]
+    check_earlier(directory)
     if is_done(directory):
         return directory, True
     with timed("split"):

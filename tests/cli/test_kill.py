@@ -1,0 +1,274 @@
+"""Runs that are killed, or find their directory damaged, end as if nothing had happened."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import palimpsest
+from palimpsest.evaluate.recoverability import Recoverability
+from palimpsest.record.row import SCHEMA_VERSION
+from palimpsest.record.store import Run, load_runs
+
+KILLS = 5
+"""Of each directory."""
+
+HOST = """
+import glob, json, os, signal, sys, time
+import palimpsest.cli.jobs, palimpsest.experiment, transformers.models.llama.modeling_llama
+from palimpsest.cli import main
+
+def written():
+    return [os.stat(path).st_mtime_ns for path in glob.glob(place + "/*/run.json")]
+
+def ended(child):
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+for line in sys.stdin:
+    cache, words, place, begun, delay = json.loads(line)
+    os.environ["PALIMPSEST_CACHE"] = cache
+    before = written()
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            code = main([*words, "record.dir=" + place])
+        finally:
+            os._exit(code)
+    if delay is not None:
+        while begun and written() == before and not ended(child):
+            time.sleep(0.002)
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+"""Imports everything once, then runs `palimpsest` in a process of its own for every line."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """A process that starts others.
+
+    Attributes:
+        process: runs `HOST`.
+    """
+
+    process: subprocess.Popen[str]
+
+    def run(self, cache: Path, words: Sequence[str], place: Path) -> int:
+        """The exit code of one command."""
+        return self._ask(cache, words, place, False, None)
+
+    def kill(
+        self, cache: Path, words: Sequence[str], place: Path, begun: bool, delay: float
+    ) -> bool:
+        """Whether one command was killed: False if it had ended.
+
+        Args:
+            cache: where the command keeps what it computes.
+            words: the command.
+            place: where its results go.
+            begun: count from the moment at which the run's directory is opened.
+            delay: in seconds.
+        """
+        code = self._ask(cache, words, place, begun, delay)
+        assert code in (0, -signal.SIGKILL)
+        return code != 0
+
+    def _ask(self, cache, words, place, begun, delay) -> int:
+        asked = json.dumps([str(cache), words, str(place), begun, delay])
+        print(asked, file=self.process.stdin, flush=True)
+        return int(self.process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def host(cache: Path) -> Iterator[Host]:
+    """Takes a few seconds to import; from then on a command starts at once."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOST], env=environment(cache), text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        try:
+            yield Host(process)
+        finally:
+            process.stdin.close()
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """One thread: a process that forks may have no more."""
+    source = str(Path(palimpsest.__file__).parents[1])
+    return os.environ | {
+        "PALIMPSEST_CACHE": str(cache), "OMP_NUM_THREADS": "1", "PYTHONPATH": source,
+    }  # fmt: skip
+
+
+def only(directory: Path) -> Run:
+    [run] = load_runs(directory)
+    return run
+
+
+def check_like(run: Run, expected: Run) -> None:
+    """The same rows, nothing half written, and nothing beside the contract's names."""
+    assert run.rows == expected.rows
+    assert run.facts == expected.facts
+    names = {path.relative_to(run.path).as_posix() for path in run.path.rglob("*")}
+    assert names == {
+        "DONE", "run.json", "rows.parquet", "facts.json", "intervention",
+        "intervention/intervention.json", "intervention/intervention.safetensors",
+    }  # fmt: skip
+
+
+# -- killed ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rome", "leace"])
+def test_a_run_killed_at_any_moment_ends_as_one_never_killed(host, few, tmp_path, method):
+    words = ["run", *few, f"intervene={method}"]
+    for name in ("whole", "again"):
+        assert host.run(tmp_path / "fresh", words, tmp_path / name) == 0
+    expected, again = only(tmp_path / "whole"), only(tmp_path / "again")
+    check_like(again, expected)
+    seconds = again.run["seconds"]  # with a full cache: the shortest that a run can be
+    before = seconds["load"] + seconds["split"]
+    work = seconds["prepare"] + seconds["fit"] + seconds["measure"]
+    moments = random.Random(method)
+    for place in (tmp_path / "one", tmp_path / "two"):
+        kills = 0
+        while kills < KILLS:
+            begun = kills > 0  # the first kill of each directory may fall before there is one
+            moment = moments.uniform(0, work if begun else before + work)
+            if host.kill(tmp_path / "cache", words, place, begun, moment):
+                kills += 1
+            else:  # what earlier attempts left made it quicker
+                check_like(only(place), expected)
+                shutil.rmtree(place)
+        assert host.run(tmp_path / "cache", words, place) == 0
+        check_like(only(place), expected)
+
+
+@pytest.mark.slow
+def test_a_process_killed_while_it_measures_is_taken_up_by_another(few, done, tmp_path):
+    command = [sys.executable, "-m", "palimpsest", "run", *few, "intervene=leace"]
+    around = environment(tmp_path / "cache")
+    process = subprocess.Popen(command, env=around, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob("results/runs/*/rows.jsonl")):
+        assert process.poll() is None, "ended before its first row"
+        time.sleep(0.01)
+    time.sleep(random.Random(0).uniform(0, 0.1))
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    second = subprocess.run(command, env=around, capture_output=True, text=True)
+    run = only(tmp_path / "results" / "runs")
+    assert (second.returncode, second.stderr) == (0, f"leace: done: results/runs/{run.run_id}\n")
+    check_like(run, done["leace"])
+
+
+def test_a_finished_run_is_skipped_with_one_line(call, few, tmp_path):
+    assert call("run", *few, "intervene=none").code == 0
+    path = only(tmp_path / "results" / "runs").path
+    before = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
+    outcome = call("run", *few, "intervene=none")
+    assert (outcome.code, outcome.out) == (0, "")
+    assert outcome.err == f"none: done before, left as it is: results/runs/{path.name}\n"
+    assert {file.name: file.stat().st_mtime_ns for file in path.iterdir()} == before
+
+
+# -- damaged ---------------------------------------------------------------------------------------
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def unfinished(call, few, done, tmp_path, monkeypatch) -> Path:
+    """The directory of a run of LEACE that has some of its sections."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Recoverability, "measure", interrupt)
+        assert call("run", *few, "intervene=leace").code == 1
+    path = tmp_path / "results" / "runs" / done["leace"].run_id
+    assert '"section"' in (path / "rows.jsonl").read_text()
+    return path
+
+
+def spoil(path: Path) -> None:
+    """Change the value of every row: whatever is kept of them shows."""
+    lines = [json.loads(line) for line in (path / "rows.jsonl").read_text().splitlines()]
+    changed = [line | {"value": 123.0} if "metric" in line else line for line in lines]
+    (path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed))
+
+
+def test_rows_of_an_unfinished_run_are_kept(call, few, done, unfinished):
+    """The tests below would see a row that leaks: here, where nothing is damaged, rows do."""
+    spoil(unfinished)
+    assert call("run", *few, "intervene=leace").code == 0
+    assert 123.0 in {row.value for row in load_runs(unfinished)[0].rows}
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\x00\x00\x00\n", b"\xff\xfe\n", b"17\n", b'{"metric": "torn"}\n',
+        b'{"section": ["fit"]}\n',
+    ],
+)  # fmt: skip
+def test_rows_with_garbage_among_them_are_all_measured_again(call, few, done, unfinished, garbage):
+    spoil(unfinished)
+    lines = (unfinished / "rows.jsonl").read_bytes().splitlines(keepends=True)
+    (unfinished / "rows.jsonl").write_bytes(b"".join([*lines[:1], garbage, *lines[1:]]))
+    outcome = call("run", *few, "intervene=leace")
+    assert (outcome.code, outcome.err.count("\n")) == (0, 1)
+    check_like(only(unfinished), done["leace"])
+
+
+def test_half_written_files_of_a_killed_run_are_removed(call, few, done, unfinished):
+    for name in ("run.json", "rows.parquet", "facts.json", "DONE"):
+        (unfinished / f".{name}.a1b2c3_4").write_text("half")
+    assert call("run", *few, "intervene=leace").code == 0
+    check_like(only(unfinished), done["leace"])
+
+
+def check_refused(call, few, path: Path, expected: str) -> None:
+    """One line with a remedy, and every file as it was."""
+    before = {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
+    outcome = call("run", *few, "intervene=leace")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert outcome.err.startswith("error: ")
+    assert expected in outcome.err
+    assert "delete the" in outcome.err
+    assert {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()} == before
+
+
+@pytest.mark.parametrize("garbage", [b"", b"\xff\xfe", b"[1]", b'{"run_id": "a"}'])
+@pytest.mark.parametrize("mark", [False, True], ids=["unfinished", "finished"])
+def test_a_run_json_that_cannot_be_read_is_refused(call, few, unfinished, garbage, mark):
+    (unfinished / "run.json").write_bytes(garbage)
+    if mark:
+        (unfinished / "DONE").touch()
+    check_refused(call, few, unfinished, "cannot read results/runs/")
+
+
+def test_a_finished_run_without_its_run_json_is_refused(call, few, unfinished):
+    (unfinished / "run.json").unlink()
+    (unfinished / "DONE").touch()
+    check_refused(call, few, unfinished, "cannot read results/runs/")
+
+
+@pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, None])
+@pytest.mark.parametrize("mark", [False, True], ids=["unfinished", "finished"])
+def test_a_run_of_another_schema_is_refused(call, few, unfinished, version, mark):
+    run = json.loads((unfinished / "run.json").read_text())
+    (unfinished / "run.json").write_text(json.dumps(run | {"schema": version}))
+    if mark:
+        (unfinished / "DONE").touch()
+    check_refused(call, few, unfinished, f"expected results of schema {SCHEMA_VERSION} in")
