@@ -225,7 +225,7 @@ def test_an_unfinished_run_is_begun_anew(call, few, done, tmp_path):
     left = tmp_path / "there" / run_id
     left.mkdir(parents=True)
     (left / "rows.jsonl").write_text('{"torn')
-    (left / "run.json").write_text('{"status": "running"}')
+    (left / "run.json").write_text(json.dumps({**done["none"].run, "status": "running"}))
     assert call("run", "intervene=none", *few, f"record.dir={tmp_path / 'there'}").code == 0
     assert load_runs(left)[0].rows == done["none"].rows
 
