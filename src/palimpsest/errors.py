@@ -1,4 +1,4 @@
-"""The one exception that means *the request was wrong*, and how its message is worded."""
+"""The exceptions that need no traceback, and how their messages are worded."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,7 +9,15 @@ class RequestError(Exception):
 
     The message is one line saying what was expected, what was found and what to do. The command
     prints it without a traceback and exits with code 2; every other exception is a bug or a failure
-    of the work itself (exit code 1).
+    of the work itself (exit code 1), which only `WriteError` tells without a traceback.
+    """
+
+
+class WriteError(Exception):
+    """What was computed cannot be kept: the disk is full, or a quota is used up.
+
+    The request was right and the work is not done (exit code 1). The message is one line with the
+    file, the cause and what to do; no traceback says more.
     """
 
 

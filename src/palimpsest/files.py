@@ -1,8 +1,10 @@
 """Files that are written whole or not at all, and a cache keyed by everything that matters."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -14,7 +16,22 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from palimpsest.errors import RequestError
+from palimpsest.errors import RequestError, WriteError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNWRITABLE = (
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
+_FOREIGN = re.compile(r'\(os error (\d+)\)|"errno":"(\d+)"')
+"""How safetensors and DuckDB tell the number of an operating system's error."""
 
 
 def cache_dir() -> Path:
@@ -35,29 +52,98 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def cannot_write(
+    path: Path, error: Exception, option: str | None = None
+) -> RequestError | WriteError | None:
+    """What stands in the way of writing `path`, in one line; None if it is something else.
+
+    Args:
+        path: what was to be written.
+        error: the operating system's, or that of a library which passes it on.
+        option: what names another place; None for those of a run.
+
+    Returns:
+        a `WriteError` where there is no room, a `RequestError` where the place is wrong.
+    """
+    number = _number(error)
+    if number not in _FULL + _UNWRITABLE:
+        return None
+    kind = WriteError if number in _FULL else RequestError
+    if option is None:
+        option = "PALIMPSEST_CACHE=" if path.is_relative_to(cache_dir()) else "record.dir="
+    return kind(
+        f"cannot write {path}: {os.strerror(number)}; free the disk, change its permissions or "
+        f"choose another place with {option}"
+    )
+
+
+def _number(error: Exception) -> int:
+    """The operating system's number of an error; 0 if it has none."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = _FOREIGN.search(str(error))
+    return int(found[1] or found[2]) if found else 0
+
+
+@contextmanager
+def writing(path: Path, option: str | None = None) -> Iterator[None]:
+    """Tell in one line why `path` cannot be written; what is told already passes as it is.
+
+    Args:
+        path: what is written inside.
+        option: what names another place; None for those of a run.
+
+    Raises:
+        RequestError: the place is no directory, or not to be written.
+        WriteError: there is no room.
+    """
+    try:
+        yield
+    except (RequestError, WriteError):
+        raise
+    except Exception as error:
+        told = cannot_write(path, error, option)
+        if told is None:
+            raise
+        raise told from error
+
+
+def check_writable(directory: Path) -> None:
+    """Refuse a directory, made or yet to be made, that nothing can be written to.
+
+    Raises:
+        RequestError: the place is no directory, or not to be written.
+        WriteError: there is no room.
+    """
+    there = next(place for place in (directory, *directory.absolute().parents) if place.exists())
+    with writing(directory), tempfile.TemporaryFile(dir=there):
+        pass
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path`, on error it vanishes.
 
     Raises:
         RequestError: the directory cannot be written.
+        WriteError: there is no room.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise RequestError(
-            f"cannot write {path}: {error.strerror or error}; free the disk, change the "
-            "directory's permissions or choose another one"
-        ) from error
+    with writing(path):
+        temporary = _temporary(path)
+        try:
+            yield temporary
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A new empty file beside `path`, in a directory that is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return Path(name)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -98,11 +184,17 @@ def cached_tensors(
     Args:
         kind: folder inside the cache, e.g. `"moments"`.
         key: JSON-able description of everything that the result depends on.
-        make: computes the tensors when the cache has none.
+        make: computes the tensors when the cache has none and can be written.
+
+    Raises:
+        RequestError: the cache has none and cannot be written.
+        WriteError: there is no room.
     """
     path = cache_dir() / kind / f"{fingerprint(dict(key))[:32]}.safetensors"
     with suppress(OSError, safetensors.SafetensorError):  # not there, or damaged: made anew
         return safetensors.torch.load_file(path)
+    with writing(path):
+        _temporary(path).unlink()  # told before the work is done
     tensors = {name: tensor.contiguous() for name, tensor in make().items()}
     with atomic(path) as temporary:
         safetensors.torch.save_file(tensors, temporary)

@@ -110,19 +110,24 @@ def check(case, call, few, tmp_path):
         "++intervene.search.stpes=3",
         r"found 'intervene\.search\.stpes'; did you mean 'intervene\.search\.steps'",
     ),
+    ("key added", "+foo=1", r"^expected a known configuration key, found 'foo'; valid: contexts, "),
+    ("key added, nearly right", "+contxts=1", r"found 'contxts'; did you mean 'contexts'\?$"),
+    ("part added", "+intervine={_target_:builtins.int}", r"'intervine'; .* 'intervene'\?$"),
+    ("key added to a part", "+intervene.nonsense=1", r"found 'intervene\.nonsense'; (did|val)"),
+    ("key of the class's own", "record=wandb +record.tracker._described={}", r"_described'; did"),
     (
         "key of another method",
         "intervene=leace intervene.moments.tokens=3",
         r"^expected a key of the chosen intervene, found 'intervene\.moments\.tokens', which only "
         r"another intervene has; `palimpsest run --cfg job` shows the keys$",
     ),
-    ("method", "intervene=roem", r"^expected intervene to be one of leace, .*rome_plain, found "
-     r"'roem'; did you mean 'rome'\?$"),
+    ("method", "intervene=roem", r"^expected intervene to be one of .*leace, .*rome_plain.*, found "
+     r"'roem'; did you mean 'rome'"),
     ("model", "model=smolm2", r"found 'smolm2'; did you mean 'smollm2'\?, or set model\.path=DIR$"),
     ("data set", "facts=wrld", r"expected facts to be one of .* found 'wrld'; .* 'world'\?$"),
     ("ruler", "evaluate=ful", r"expected evaluate to be one of full, found 'ful'; .* 'full'\?$"),
     ("no method", "intervene=null", r"^expected the name of an option .* found null; name one"),
-    ("empty method", "intervene=", r"expected intervene to be one of .* found ''; valid: leace"),
+    ("empty method", "intervene=", r"expected intervene to be one of .* found ''; valid: .*leace"),
     (
         "text for an int",
         "facts.limit=abc",
@@ -152,6 +157,21 @@ def check(case, call, few, tmp_path):
 )  # fmt: skip
 def test_configuration(case, call, few, tmp_path):
     check(case, call, few, tmp_path)
+
+
+def test_a_key_that_the_class_takes_may_be_added(call, few, tmp_path):
+    place = tmp_path / "conf" / "intervene" / "bare.yaml"
+    place.parent.mkdir(parents=True)
+    place.write_text("_target_: palimpsest.intervene.leace.Leace\n")
+    chosen = ["--config-dir", "conf", *few, "intervene=bare"]
+    outcome = call("run", *chosen, "+intervene.svd_tol=1e-5", "--cfg", "job")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert call("run", *chosen, "+intervene.svd_tol=1e-5").code == 0
+    [run] = tmp_path.glob("results/runs/*/run.json")
+    assert json.loads(run.read_text())["config"]["intervene"]["svd_tol"] == 1e-5
+    check_one_line(
+        call("run", *chosen, "+intervene.svd_tll=0.5"), r"did you mean 'intervene\.svd_t"
+    )
 
 
 # -- what methods, models and facts refuse --------------------------------------------------------
@@ -263,7 +283,7 @@ def test_fits(case, call, few, tmp_path):
 
 
 @cases(
-    ("command", "repot", r"one of run, .*, doctor, found 'repot'; .*'report'\?"),
+    ("command", "repot", r"one of run, .*doctor.*, found 'repot'; .*'report'\?"),
     ("no command", "", r"^expected the arguments of `palimpsest`, found: .*COMMAND; see `pal"),
     ("no sweep file", "sweep", r"^expected the arguments of `palimpsest sweep`, found: .*file"),
     ("sweep file missing", "sweep gone.yaml", r"^expected a sweep file, found none at gone\.yaml;"),

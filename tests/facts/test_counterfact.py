@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from palimpsest.errors import RequestError
-from palimpsest.facts import CounterFact, Prompt, split
+from palimpsest.facts import CounterFact, Prompt, records, split
 
 Record = Callable[..., dict[str, Any]]
 Write = Callable[[list[Any]], Path]
@@ -209,6 +209,53 @@ def test_malformed_lines_are_numbered(record: Record, tmp_path: Path) -> None:
     path = tmp_path / "counterfact.jsonl"
     path.write_text(json.dumps(record(0)) + "\n\n" + json.dumps({"case_id": 2}) + "\n")
     assert f"requested_rewrite.subject (str) in line 3 of {path}" in refusal(path=str(path))
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n\n", "\r\n\t "])
+def test_a_list_is_read_as_json_reads_it_wherever_its_pieces_end(
+    blank: str, record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = [record(0, subject="Fécamp"), record(1), [], {}, -1.5, 'a\\u00e9"]', None, [[1, 2]]]
+    path = tmp_path / "list.json"
+    for count in range(len(values) + 1):
+        texts = [blank + json.dumps(value, indent=1) + blank for value in values[:count]]
+        path.write_text(f"{blank}[{','.join(texts) or blank}]{blank}", encoding="utf-8")
+        longest = max(map(len, texts), default=1)
+        for size in (longest, longest + 1, longest + 3, 10**6):
+            monkeypatch.setattr(records, "LONGEST", size)
+            found = records.read(path)
+            assert found == [(f"record {i} of {path}", v) for i, v in enumerate(values[:count])]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("[1,\n 2,\n", "line 3: Expecting value"),
+        ("[1,\n 2", "line 2: '' for one of ',]'"),
+        ("[1\n\n 2]", "line 3: '2' for one of ',]'"),
+        ("[1]\n\n]", "line 3: more after the list"),
+        ("[,1]", "line 1: Expecting value"),
+        ("[1,]", "line 1: Expecting value"),
+        ("\n[1, {]}", "line 2: Expecting property name"),
+        ("\n\n[NaN]", "line 3: NaN, which is not JSON"),
+        ('[{"a": 1, "a": 2}]', "line 1: the key 'a' twice"),
+        (f"[1,\n{'1' * 5000}]", "line 2: Exceeds the limit (4300 digits)"),
+        ("[" * 100_000, "line 1: brackets nested too deeply"),
+        ("[\n" * 100_000, "line 2: brackets nested too deeply"),
+        ('[\n{"a":' * 100_000, "line 2: brackets nested too deeply"),
+        ('{"a":' * 100_000, "line 1: expected one JSON value on the line, found brackets nested t"),
+        ("{}\n\n{]", "line 3: expected one JSON value"),
+    ],
+    ids=range(15),
+)
+def test_lists_and_lines_that_are_wrong_name_the_line(
+    tmp_path: Path, text: str, found: str
+) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    message = refusal(path=str(path))
+    assert message.startswith("expected JSON, a list of records or one record per line, in ")
+    assert f"found text that is neither ({found}" in message
 
 
 def test_repeated_numbers(record: Record, write: Write) -> None:

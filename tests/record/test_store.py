@@ -1,15 +1,18 @@
 """The store: what it writes is what is read, all or nothing, in the contract's types."""
 
 import dataclasses
+import errno
 import json
 import math
 import random
+import resource
 from pathlib import Path
 
 import duckdb
 import pytest
 
-from palimpsest.errors import RequestError
+from palimpsest.errors import RequestError, WriteError
+from palimpsest.record.provenance import code
 from palimpsest.record.row import SCHEMA_VERSION, Row
 from palimpsest.record.store import RunStore, is_done, load_runs, load_unfinished
 
@@ -188,10 +191,59 @@ def test_an_interrupted_run_keeps_its_complete_sections(tmp_path):
     assert sorted(r.metric for r in load_runs(tmp_path)[0].rows) == ["efficacy", "paraphrase"]
 
 
-@pytest.mark.parametrize("name", ["versions", "git_commit", "device", "run_id"])
+@pytest.mark.parametrize("name", ["versions", "code", "device", "run_id"])
 def test_sections_made_by_something_else_are_not_kept(tmp_path, name):
     RunStore.open(tmp_path, {**RUN, name: "one"}).append([row()], section="fit")
     assert not RunStore.open(tmp_path, {**RUN, name: "other"}).has("fit")
+
+
+@pytest.mark.parametrize("size", [0, 100, 5000])
+def test_rows_that_do_not_fit_leave_no_trace_and_can_be_added_later(tmp_path, size):
+    store = RunStore.open(tmp_path, RUN)
+    store.append([row()], section="fit")
+    before = (tmp_path / "rows.jsonl").read_bytes()
+    many = [row(layer=layer) for layer in range(100)]
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + size, limit[1]))
+    try:
+        with pytest.raises(WriteError, match=r"cannot write .*rows\.jsonl: File too large; free"):
+            store.append(many, section="downstream")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert (tmp_path / "rows.jsonl").read_bytes() == before
+    assert not store.has("downstream")
+    store.append(many, section="downstream")
+    store.finish()
+    assert len(load_runs(tmp_path)[0].rows) == 101
+
+
+def test_a_failure_that_cannot_be_recorded_hides_no_other(tmp_path, monkeypatch):
+    store = RunStore.open(tmp_path, RUN)
+    before = (tmp_path / "run.json").read_bytes()
+    monkeypatch.setattr("tempfile.mkstemp", full)
+    store.fail(RuntimeError("first"))
+    assert (tmp_path / "run.json").read_bytes() == before
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_the_code_s_digest_tells_any_change_of_a_source_file(tmp_path, monkeypatch):
+    package = tmp_path / "palimpsest"
+    (package / "record").mkdir(parents=True)
+    seen = []
+    for name, text in (
+        ("__init__.py", "a"), ("__init__.py", "b"), ("record/row.py", ""), ("record/row.py", "b"),
+    ):  # fmt: skip
+        (package / name).write_text(text)
+        monkeypatch.setattr("palimpsest.__file__", str(package / "__init__.py"))
+        seen.append(code.__wrapped__())
+        assert seen[-1] == code.__wrapped__()
+    (package / "notes.txt").write_text("not code")
+    (package / "record/row.py").rename(package / "record/rows.py")
+    seen.append(code.__wrapped__())
+    assert len(set(seen)) == len(seen)
 
 
 def test_a_finished_run_is_left_alone(tmp_path):

@@ -1,5 +1,5 @@
 """The tiny model that knows its facts, and the command, from the command's own tests."""
 
-from tests.cli.conftest import cache, call, few, surroundings, tiny
+from tests.cli.conftest import cache, call, done, few, surroundings, tiny
 
-__all__ = ["cache", "call", "few", "surroundings", "tiny"]
+__all__ = ["cache", "call", "done", "few", "surroundings", "tiny"]

@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 
 from palimpsest.cli.words import quoted
+from palimpsest.errors import RequestError
 from palimpsest.evaluate.asking import knows
+from palimpsest.facts.counterfact import CounterFact
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.facts.factfile import read
+from palimpsest.facts.pararel import ParaRel
 from palimpsest.intervene.controls import NoChange
 from palimpsest.model.load import Pretrained
 from palimpsest.record.store import load_runs
@@ -255,6 +258,60 @@ def test_a_line_of_a_hundred_megabytes_is_refused_quickly(call):
     assert [fact.subject for fact in contents.facts] == ["Bo"]
     assert outcome.code == 2
     assert "line 1: expected at most 1000000 bytes" in outcome.out
+
+
+LAYOUT = ("trex_lms_vocab", "pattern_data/graphs_json")
+"""ParaRel's directories."""
+
+RECORD = json.dumps({"sub_label": "Bo", "obj_label": "France"}).encode()
+
+
+@pytest.fixture
+def data(tmp_path):
+    """ParaRel's layout: a relation, and a file of facts that will be refused."""
+    for part in LAYOUT:
+        (tmp_path / "data" / part).mkdir(parents=True)
+        (tmp_path / "data" / part / "P17.jsonl").write_text('{"pattern": "[X] lies in [Y] ."}\n')
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize(
+    ("facts", "file", "start", "end", "line"),
+    [
+        (CounterFact, "facts.json", b'{"case_id": 0, "a": "', b'"}\n', 1),
+        (CounterFact, "facts.json", b'{"case_id": 0}\n\n{"a": "', b'"}\n', 3),
+        (CounterFact, "facts.json", b'[\n{"case_id": 0},\n{"a": "', b'"}\n]\n', 3),
+        (CounterFact, "facts.json", b'["', b'"]', 1),
+        (ParaRel, f"{LAYOUT[0]}/P17.jsonl", RECORD + b'\n{"sub_label": "', b'"}\n', 2),
+        (ParaRel, f"{LAYOUT[1]}/P17.jsonl", b'{"pattern": "', b'"}\n', 1),
+    ],
+    ids=range(6),
+)
+def test_a_record_of_a_hundred_megabytes_is_refused_in_little_memory(
+    data, facts, file, start, end, line
+):
+    with (data / file).open("wb") as out:
+        out.writelines([start, *[b"1" * 1_000_000] * 100, end])
+    path = str(data / file if facts is CounterFact else data)
+    tracemalloc.start()
+    try:
+        with pytest.raises(RequestError) as caught:
+            facts(path=path).load()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert re.search(rf"\bline {line}: .*(at most|more than) 1000000[^\n]*$", str(caught.value))
+    assert peak < 50e6
+
+
+@pytest.mark.parametrize("part", LAYOUT)
+def test_nesting_in_pararel_is_refused(call, few, data, part):
+    (data / part / "P17.jsonl").write_text(f"\n{'[' * 100_000}\n")
+    words = [word for word in few if not word.startswith("facts")]
+    outcome = call("run", *words, "facts=pararel", "facts.path=data", "facts.relations=[]")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert f"{part}/P17.jsonl, line 2: " in outcome.err
+    assert "nested too deeply" in outcome.err
 
 
 # -- no code in data -------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -13,6 +13,12 @@ from omegaconf.errors import OmegaConfBaseException
 from palimpsest.errors import RequestError, nearest
 
 ROOT = Path(__file__).resolve().parents[3]
+
+OWN: dict[str, type] = {"seed": int, "protocol": str, "contexts": int}
+"""Keys beside the groups, and their types."""
+
+GROUPS = ("model", "facts", "locate", "intervene", "evaluate", "record")
+"""One part each, of a class that its configuration names."""
 
 _NO_CHOICE = "Config group override must be a string"
 
@@ -31,10 +37,14 @@ def check_config(config: DictConfig) -> None:
     Raises:
         RequestError: an unknown key or a value of the wrong type.
     """
-    for name in ("seed", "contexts"):
-        if type(config.get(name)) is not int:
-            raise RequestError(_wrong_type(name, int, config.get(name)))
-    for group in ("model", "facts", "locate", "intervene", "evaluate", "record"):
+    for name, kind in OWN.items():
+        if type(config.get(name)) is not kind:
+            raise RequestError(_wrong_type(name, kind, config.get(name)))
+    valid = (*OWN, *GROUPS)
+    for key in map(str, config):
+        if key not in valid:
+            raise RequestError(_unknown(key, valid))
+    for group in GROUPS:
         _check_types(config[group], group)
 
 
@@ -45,7 +55,7 @@ def _check_types(node: DictConfig, path: str) -> None:
     OmegaConf.set_readonly(schema, False)
     OmegaConf.set_struct(schema, False)
     kinds = get_type_hints(target)
-    known = {str(key) for key in schema}
+    known = {field.name for field in fields(target) if field.init}
     for key in node:
         name = str(key)
         if name == "_target_":
@@ -158,9 +168,9 @@ def _unknown_choice(group: str, found: str, valid: Sequence[str]) -> str:
 
 def _valid_keys() -> list[str]:
     """Every key that any configuration file holds, dotted, and the groups themselves."""
-    keys = {"seed", "contexts"}
-    for path in resource("conf").glob("*/*.yaml"):
-        group = path.parent.name
+    keys = set(OWN)
+    for path in resource("conf").glob("*/**/*.yaml"):
+        group = path.relative_to(resource("conf")).parts[0]
         keys |= {group, *_dotted(yaml.safe_load(path.read_text(encoding="utf-8")) or {}, group)}
     return sorted(keys)
 

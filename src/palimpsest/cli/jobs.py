@@ -8,13 +8,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from palimpsest.cli.configuration import as_request, check_config, resource
-from palimpsest.cli.words import CONSOLE, complain, say, say_traceback
+from palimpsest.cli.words import CONSOLE, complain, say, tell
 from palimpsest.errors import RequestError
 
 
@@ -52,15 +53,9 @@ def run(words: Sequence[str]) -> int:
 
 
 def _outcome(failures: Sequence[Exception]) -> int:
-    """Tell every failure: wrong requests in a line each, others with their traceback."""
-    for error in failures:
-        if isinstance(error, RequestError):
-            say(f"error: {error}")
-        else:
-            say_traceback(error)
-    if not failures:
-        return 0
-    return 2 if all(isinstance(error, RequestError) for error in failures) else 1
+    """Tell every failure; the exit code is 2 only if all requests were wrong."""
+    codes = [tell(error) for error in failures]
+    return min(codes, default=0)
 
 
 def _flags_first(words: Sequence[str]) -> list[str]:
@@ -98,13 +93,11 @@ def _scratch(words: Sequence[str]) -> Iterator[None]:
 
 
 def _unwritable(error: OSError) -> Exception:
-    """What stands in the way of a multirun's directory as a wrong request."""
-    if error.filename is None or error.errno is None:
-        return as_request(error)
-    return RequestError(
-        f"cannot write {error.filename}: {error.strerror}; free the disk, change its permissions "
-        "or choose another place with record.dir="
-    )
+    """What stands in the way of a multirun's directory, in one line."""
+    from palimpsest.files import cannot_write
+
+    place = error.filename and Path(error.filename)
+    return (cannot_write(place, error) if place else None) or as_request(error)
 
 
 def _job(config: DictConfig, command: str) -> None:

@@ -3,11 +3,12 @@
 import argparse
 import re
 import traceback
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from rich.console import Console
 
-from palimpsest.errors import RequestError, nearest
+from palimpsest.errors import RequestError, WriteError, nearest
 from palimpsest.record.redact import without_secrets
 
 CONSOLE = Console(stderr=True)
@@ -18,9 +19,28 @@ def say(text: str) -> None:
     CONSOLE.print(without_secrets(text), markup=False, highlight=False, soft_wrap=True)
 
 
-def say_traceback(error: BaseException) -> None:
-    """Print a failure of the work with its traceback."""
-    say("".join(traceback.format_exception(error)).rstrip("\n"))
+def tell(error: Exception) -> int:
+    """Print what its user can mend in a line, another failure with its traceback.
+
+    Returns:
+        the exit code: 2 if the request was wrong, 1 if the work failed.
+    """
+    if not isinstance(error, RequestError | WriteError):
+        error = _in_a_line(error)
+    if isinstance(error, RequestError | WriteError):
+        say(f"error: {error}")
+    else:
+        say("".join(traceback.format_exception(error)).rstrip("\n"))
+    return 2 if isinstance(error, RequestError) else 1
+
+
+def _in_a_line(error: Exception) -> Exception:
+    """A full disk, wherever it was met, as what needs no traceback; any other error as it is."""
+    from palimpsest.files import cannot_write
+
+    place = getattr(error, "filename", None) or "what the command makes"
+    told = cannot_write(Path(place), error)
+    return told if isinstance(told, WriteError) else error
 
 
 def quoted(text: str) -> str:
@@ -29,7 +49,23 @@ def quoted(text: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are wrong requests, one line each."""
+    """A parser whose complaints are wrong requests, one line each.
+
+    Attributes:
+        intermixed: take positional arguments after options too.
+    """
+
+    intermixed = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse what is known."""
+        if not self.intermixed:
+            return super().parse_known_args(args, namespace)
+        self.intermixed = False  # what is called here calls this function
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self.intermixed = True
 
     def error(self, message: str) -> NoReturn:
         """Complain as a wrong request."""

@@ -68,7 +68,14 @@ class Country:
 
 @dataclass(frozen=True, slots=True)
 class City:
-    """A populated place: GeoNames id, name, ISO code of its country, inhabitants."""
+    """A populated place.
+
+    Attributes:
+        id: GeoNames'.
+        name: as GeoNames writes it.
+        iso: ISO 3166 alpha-2 code of its country.
+        population: inhabitants.
+    """
 
     id: int
     name: str

@@ -186,7 +186,13 @@ _ANSWERS: Mapping[str, Pairs] = {
 
 @dataclass(frozen=True)
 class Row:
-    """A country and one of the pairs that it gives."""
+    """A country and one of the pairs that it gives.
+
+    Attributes:
+        country: the country.
+        subject: of the pair.
+        true: its object.
+    """
 
     country: Country
     subject: str

@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from palimpsest.errors import RequestError
@@ -45,6 +46,14 @@ class DataSet(ABC):
         Raises:
             RequestError: the data cannot be read as asked.
         """
+
+    def by_relation(self) -> Iterator[FactSet]:
+        """Sets that together hold the facts of every relation that the options do not exclude.
+
+        Raises:
+            RequestError: the data cannot be read as asked.
+        """
+        yield self.load()
 
     def sizes(self) -> dict[str, int]:
         """How many facts each split, and `others`, may hold at most."""

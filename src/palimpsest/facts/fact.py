@@ -72,7 +72,18 @@ class Fact:
     """One association (subject, relation, true object), and the object that is to replace it.
 
     `prompt` is the one that methods may fit on; `paraphrases`, `neighbors` and `entailed` are seen
-    by no fit. Neighbors are prompts about *other* subjects whose object is also `true`.
+    by no fit.
+
+    Attributes:
+        id: names the fact within its data set.
+        relation: the relation's id, such as `city_country` or `P17`.
+        subject: as it stands in the prompts.
+        prompt: the one that methods fit on.
+        true: the object that the data set takes for true.
+        new: the object that is to replace it; None until splits are made, if the data set has none.
+        paraphrases: other wordings about the same subject.
+        neighbors: prompts about *other* subjects whose object is also `true`.
+        entailed: two-hop questions.
     """
 
     id: str

@@ -98,7 +98,13 @@ class FactFile(DataSet):
 
 @dataclass(frozen=True)
 class Contents:
-    """A file's facts, what is wrong with its lines, and how many lines hold something."""
+    """What a file of facts holds.
+
+    Attributes:
+        facts: those of the lines without a problem.
+        problems: what is wrong with the others.
+        records: how many lines hold something.
+    """
 
     facts: tuple[Fact, ...]
     problems: tuple[Problem, ...]

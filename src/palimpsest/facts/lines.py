@@ -17,7 +17,12 @@ BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True, order=True)
 class Problem:
-    """What is wrong on one line of a file: what was expected, what was found, what to do."""
+    """What is wrong on one line of a file.
+
+    Attributes:
+        line: counted from 1.
+        text: what was expected, what was found, what to do.
+    """
 
     line: int
     text: str
@@ -72,7 +77,7 @@ def _value(number: int, raw: bytes) -> Any | Problem:
         found = f"byte 0x{raw[error.start]:02x} at place {error.start + 1}"
         return Problem(number, f"expected UTF-8, found {found}; save the file as UTF-8")
     try:
-        return json.loads(text, parse_constant=_no_number, object_pairs_hook=_no_repeats)
+        return DECODER.decode(text)
     except json.JSONDecodeError as error:
         found = f"{error.msg} at column {error.colno}"
     except RecursionError:
@@ -93,3 +98,7 @@ def _no_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the key {key[:60]!r} twice in one object")
         found[key] = value
     return found
+
+
+DECODER = json.JSONDecoder(parse_constant=_no_number, object_pairs_hook=_no_repeats)
+"""Takes JSON and nothing more: no NaN, no infinities, no key twice in one object."""

@@ -1,7 +1,7 @@
 """The built-in data set: cities, countries, capitals, languages, continents and currencies."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 
 from palimpsest.errors import RequestError, check_at_least, nearest
@@ -89,6 +89,11 @@ class World(DataSet):
                 f"{self.relation!r}; {nearest(self.relation, [RELATION, *RELATIONS])}"
             )
         return self._countries()
+
+    def by_relation(self) -> Iterator[FactSet]:
+        """A set for each relation, whatever `relation` says."""
+        for relation in (RELATION, *RELATIONS):
+            yield replace(self, relation=relation, min_class=1).load()
 
     def _countries(self) -> FactSet:
         """Facts of a relation between countries and something else."""

@@ -30,8 +30,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from palimpsest.errors import RequestError, nearest
-from palimpsest.files import cache_dir, sha256_file, write_json
+from palimpsest.errors import RequestError, WriteError, nearest
+from palimpsest.files import cache_dir, cannot_write, sha256_file, write_json
 
 STAGES = ("download", "check", "unpack", "convert", "save")
 """What a fetch does, in order; a stage that is not needed is skipped."""
@@ -292,7 +292,13 @@ def _workspace(home: Path) -> Iterator[Path]:
             "or set PALIMPSEST_CACHE to another directory"
         ) from error
     with folder as path:
-        yield Path(path)
+        try:
+            yield Path(path)
+        except Exception as error:
+            told = cannot_write(home, error)
+            if not isinstance(told, WriteError):
+                raise
+            raise told from error
 
 
 @contextmanager

@@ -8,11 +8,13 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import palimpsest
 from palimpsest.files import fingerprint, sha256_file
 from palimpsest.record.row import SCHEMA_VERSION
 
@@ -90,6 +92,17 @@ def git_commit() -> str | None:
     if tracked.returncode or described.returncode:
         return None
     return described.stdout.strip()
+
+
+@cache
+def code() -> str:
+    """SHA-256 over the package's own source files as they are: their names and contents.
+
+    Unlike a commit, it tells two states of changed files apart.
+    """
+    package = Path(palimpsest.__file__).parent
+    sources = sorted(path.relative_to(package).as_posix() for path in package.rglob("*.py"))
+    return fingerprint({name: sha256_file(package / name) for name in sources})
 
 
 def device_name(device: torch.device) -> str:

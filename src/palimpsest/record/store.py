@@ -4,18 +4,20 @@ import dataclasses
 import glob
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 import duckdb
 
-from palimpsest.errors import RequestError
-from palimpsest.files import atomic, write_json, write_text
+from palimpsest.errors import RequestError, WriteError
+from palimpsest.files import atomic, write_json, write_text, writing
 from palimpsest.record.redact import one_line
 from palimpsest.record.row import SCHEMA_VERSION, Row
 
@@ -45,8 +47,9 @@ _ORDER = ", ".join(
     f"{name} NULLS FIRST"
     for name in sorted(KEY, key=lambda name: name not in ("axis", "metric", "protocol"))
 )
-_OURS = ("run.json", "rows.jsonl", "rows.parquet", "facts.json", "intervention", "wandb", "DONE")
-_SAME = ("run_id", "versions", "git_commit", "device")
+_RUN, _ROWS = "run.json", "rows.jsonl"
+_MADE_ANEW = ("rows.parquet", "facts.json", "intervention", "wandb", "DONE")
+_SAME = ("run_id", "versions", "code", "device")
 """What an unfinished attempt must share with a new one for its rows to be kept."""
 
 Key = tuple[str | int | None, ...]
@@ -110,12 +113,11 @@ class RunStore:
     """Writes one run's directory. Make one with `RunStore.open`."""
 
     def __init__(
-        self, directory: Path, run: dict[str, Any], rows: TextIO, kept: Sequence[dict[str, Any]]
+        self, directory: Path, run: dict[str, Any], kept: Sequence[dict[str, Any]]
     ) -> None:
-        """Take over a run directory, its open rows.jsonl, and the lines that this holds already."""
+        """Take over a run's directory and the lines that its rows.jsonl holds already."""
         self.directory = directory
         self._run = run
-        self._rows = rows
         self._keys = {_key(Row(**line)) for line in kept if "section" not in line}
         self._sections = {line["section"] for line in kept if "section" in line}
 
@@ -135,6 +137,7 @@ class RunStore:
         Raises:
             RequestError: the directory cannot be written, or holds a finished run, one of another
                 schema, or one whose run.json cannot be read.
+            WriteError: there is no room; what an earlier attempt left stays.
         """
         check_earlier(directory)
         if is_done(directory):
@@ -143,19 +146,12 @@ class RunStore:
                 "delete the directory to run it again"
             )
         run = {**run, "schema": SCHEMA_VERSION}
-        try:
+        with writing(directory):
             directory.mkdir(parents=True, exist_ok=True)
             kept = _complete_sections(directory, run)
+            write_text(directory / _ROWS, "".join(json.dumps(line) + "\n" for line in kept))
             _clear(directory)
-            rows = (directory / "rows.jsonl").open("w", encoding="utf-8")
-            rows.writelines(json.dumps(line) + "\n" for line in kept)
-            rows.flush()
-        except OSError as error:
-            raise RequestError(
-                f"cannot write the run's directory {directory}: {error.strerror or error}; free "
-                "the disk, change its permissions or choose another place with record.dir="
-            ) from error
-        store = cls(directory, run, rows, kept)
+        store = cls(directory, run, kept)
         store.update(status="running", error=None, started=_now())
         return store
 
@@ -164,7 +160,7 @@ class RunStore:
         return section in self._sections
 
     def append(self, rows: Iterable[Row], section: str | None = None) -> None:
-        """Add rows and flush them to disk, all or none.
+        """Add rows to the file on disk, all or none.
 
         A value that is NaN or infinite is kept as a missing one, with the cause in its note.
 
@@ -175,6 +171,7 @@ class RunStore:
 
         Raises:
             ValueError: a row's key was already written; the message names the key.
+            WriteError: there is no room.
         """
         clean = [_finite(row) for row in rows]
         fresh: set[Key] = set()
@@ -184,15 +181,14 @@ class RunStore:
                 raise ValueError(f"two rows with the same key: {_describe(key)}")
             fresh.add(key)
         lines = [_record(row) for row in clean] + ([{"section": section}] if section else [])
-        self._rows.write("".join(json.dumps(line) + "\n" for line in lines))
-        self._rows.flush()
+        _extend(self.directory / _ROWS, "".join(json.dumps(line) + "\n" for line in lines))
         self._keys |= fresh
         self._sections |= {section} if section else set()
 
     def update(self, **fields: Any) -> None:
         """Set fields of run.json, which is replaced as a whole."""
         self._run |= fields
-        write_json(self.directory / "run.json", self._run)
+        write_json(self.directory / _RUN, self._run)
 
     def write_facts(self, facts: list[dict[str, Any]]) -> None:
         """Write facts.json: what the model said for each target fact, with its top predictions."""
@@ -206,25 +202,27 @@ class RunStore:
     def finish(self) -> None:
         """Turn rows.jsonl into rows.parquet, set the status to `done` and write DONE last."""
         source = self._source()
-        self._rows.close()
         with atomic(self.directory / "rows.parquet") as temporary, _database() as database:
             database.execute(
                 f"COPY (SELECT * FROM {source} ORDER BY {_ORDER}) TO ? "
                 "(FORMAT parquet, COMPRESSION zstd)",
                 [str(temporary)],
             )
-        (self.directory / "rows.jsonl").unlink(missing_ok=True)
+        (self.directory / _ROWS).unlink(missing_ok=True)
         self.update(status="done", finished=_now())
         write_text(self.directory / "DONE", "")
 
     def fail(self, error: BaseException | str) -> None:
-        """Set the status to `failed` with a one-line error. A finished run stays as it is."""
-        self._rows.close()
+        """Set the status to `failed` with a one-line error. A finished run stays as it is.
+
+        Where that cannot be written either, run.json goes on to say `running`.
+        """
         if not is_done(self.directory):
-            self.update(status="failed", error=one_line(error))
+            with suppress(RequestError, WriteError):
+                self.update(status="failed", error=one_line(error))
 
     def _source(self) -> str:
-        return _jsonl(self.directory / "rows.jsonl")
+        return _jsonl(self.directory / _ROWS)
 
 
 def load_runs(directory: Path) -> list[Run]:
@@ -292,13 +290,26 @@ def _parsed(line: str) -> dict[str, Any]:
 
 
 def _clear(directory: Path) -> None:
-    """Remove what an earlier attempt left: only names that a run writes, whole or half written."""
-    torn = [path for name in _OURS for path in directory.glob(f".{name}.????????")]
-    for path in [*map(directory.joinpath, _OURS), *torn]:
+    """Remove what is made anew of all that an earlier attempt left, and what is half written."""
+    names = (_RUN, _ROWS, *_MADE_ANEW)
+    torn = [path for name in names for path in directory.glob(f".{name}.????????")]
+    for path in [*map(directory.joinpath, _MADE_ANEW), *torn]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def _extend(path: Path, text: str) -> None:
+    """Add text to the end of a file: where there is no room for all of it, none."""
+    before = path.stat().st_size
+    with writing(path):
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError:
+            os.truncate(path, before)
+            raise
 
 
 def _finite(row: Row) -> Row:
