@@ -1,0 +1,1 @@
+"""One fact put to several methods, side by side: what `palimpsest ask` shows."""
