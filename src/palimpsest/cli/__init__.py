@@ -1,6 +1,7 @@
 """The command `palimpsest`; the only importer of hydra."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TypeAlias
 from rich.console import Console
 
 from palimpsest import __version__
-from palimpsest.cli.words import Parser, quoted, say, say_traceback
+from palimpsest.cli.words import Parser, quoted, say, tell
 from palimpsest.errors import RequestError
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
@@ -26,6 +27,15 @@ EXAMPLES = {
         "palimpsest sweep sweeps/quickstart.yaml facts.limit=10",
     ),
     "report": ("palimpsest report results/quickstart",),
+    "ask": (
+        'palimpsest ask "The Eiffel Tower is located in the city of" --subject "the Eiffel Tower" '
+        "--old Paris --new London",
+        "palimpsest ask --interactive --methods none,rome",
+    ),
+    "apply": (
+        "palimpsest apply --intervention results/runs/RUN --model smollm2 --output edited",
+        "palimpsest apply --undo --model edited --output original",
+    ),
     "facts": ("palimpsest facts check facts.jsonl",),
     "facts check": (
         "palimpsest facts check facts.jsonl",
@@ -36,6 +46,7 @@ EXAMPLES = {
         "palimpsest fetch smollm2 --from path/to/file.whl",
     ),
     "doctor": ("palimpsest doctor",),
+    "completion": ("palimpsest completion bash",),
 }
 """By subcommand, what its help shows."""
 
@@ -48,21 +59,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
+        if "_ARGCOMPLETE" in os.environ:
+            _answer()
         if words[:1] == ["run"] and not {"-h", "--help"} & set(words):
             return _run(words[1:])
         options = _parser().parse_args(words)
         return int(options.call(options))
-    except RequestError as error:
-        say(f"error: {error}")
-        return 2
     except KeyboardInterrupt:
         say("interrupted")
         return 1
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     except Exception as error:
-        say_traceback(error)
-        return 1
+        return tell(error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,7 +83,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"palimpsest {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_run, _add_sweep, _add_report, _add_facts, _add_fetch, _add_doctor):
+    for add in (
+        _add_run,
+        _add_sweep,
+        _add_report,
+        _add_ask,
+        _add_apply,
+        _add_facts,
+        _add_fetch,
+        _add_doctor,
+        _add_completion,
+    ):
         add(commands)
     return parser
 
@@ -101,10 +120,12 @@ def _add_run(commands: Commands) -> None:
         commands,
         "run",
         "one method on one model and one set of facts; takes Hydra's overrides and flags",
-        "Run one method. KEY=VALUE overrides the configuration; -m sweeps over commas;\n"
-        "--cfg job shows the configuration; --config-dir DIR adds your own.",
+        "Run one method. KEY=VALUE overrides the configuration.",
     )
     run.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    run.add_argument("-m", "--multirun", action="store_true", help="sweep over commas")
+    run.add_argument("--cfg", choices=("job", "hydra", "all"), help="show the configuration")
+    run.add_argument("--config-dir", metavar="DIR", help="add configuration of your own")
     run.set_defaults(call=lambda options: _run(options.overrides))
 
 
@@ -119,6 +140,32 @@ def _add_report(commands: Commands) -> None:
     report = _command(commands, "report", "table, HTML page, CSV and LaTeX of a sweep's results")
     report.add_argument("directory", type=Path)
     report.set_defaults(call=lambda options: _report(options.directory))
+
+
+def _add_ask(commands: Commands) -> None:
+    from palimpsest.cli.ask import add_arguments, ask
+
+    parser = _command(
+        commands,
+        "ask",
+        "fit each method on one fact, and show side by side what it says and what it hides",
+    )
+    parser.intermixed = True
+    add_arguments(parser)
+    parser.set_defaults(call=ask)
+
+
+def _add_apply(commands: Commands) -> None:
+    from palimpsest.cli.apply import add_arguments, apply
+
+    parser = _command(
+        commands,
+        "apply",
+        "write a run's change of weights as a model that plain transformers loads, or undo it",
+    )
+    parser.intermixed = True
+    add_arguments(parser)
+    parser.set_defaults(call=apply)
 
 
 def _add_facts(commands: Commands) -> None:
@@ -153,6 +200,18 @@ def _add_doctor(commands: Commands) -> None:
         "with `ok`, or with `!` where something is wrong; the exit code is 1 if any does.",
     )
     doctor.set_defaults(call=lambda options: _doctor())
+
+
+def _add_completion(commands: Commands) -> None:
+    completion = _command(
+        commands,
+        "completion",
+        "a script by which the shell completes commands, flags, files and overrides",
+        "Print a script for the shell to read, in its start-up file or now:\n"
+        'eval "$(palimpsest completion bash)", or zsh; palimpsest completion fish | source',
+    )
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
+    completion.set_defaults(call=lambda options: _complete(options.shell))
 
 
 def _run(words: Sequence[str]) -> int:
@@ -222,3 +281,18 @@ def _doctor() -> int:
         Console().print(f"{finding}", markup=False, highlight=False, soft_wrap=True)
         wrong |= not finding.ok
     return int(wrong)
+
+
+def _complete(shell: str) -> int:
+    """Print the script that makes a shell complete the command's words."""
+    from palimpsest.cli.completion import script
+
+    sys.stdout.write(script(shell))
+    return 0
+
+
+def _answer() -> None:
+    """Answer the shell that completes a line; the process ends here."""
+    from palimpsest.cli.completion import answer
+
+    answer(_parser())
