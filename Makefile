@@ -14,10 +14,10 @@ BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # Two test processes with one thread each; no test asks a model hub for anything.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help demo test lint docs bench clean
+.PHONY: help demo test lint docs bench bench-gpu clean
 
 help: ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 10
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 12
 
 demo: $(VENV)/.installed ## run the quickstart sweep; prints its table and the report's path
 	$(VENV)/bin/palimpsest sweep sweeps/quickstart.yaml
@@ -34,8 +34,11 @@ lint: $(VENV)/.installed ## style, format, types, and the walls between the room
 docs: $(VENV)/.installed-docs ## build the documentation into site/, warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
-bench: $(VENV)/.installed ## time the phases that matter
-	$(PYTHON) benchmarks/bench.py
+bench: $(VENV)/.installed ## time the phases that matter; COUNTERFACT=file takes its prompts
+	$(PYTHON) -m benchmarks.bench $(if $(COUNTERFACT),--counterfact $(COUNTERFACT))
+
+bench-gpu: $(VENV)/.installed ## seconds per edit on a GPU at the sizes of GPT-2 XL and GPT-J
+	$(PYTHON) -m benchmarks.gpu
 
 clean: ## remove the environment and all that was built; results/ stays
 	rm -rf $(VENV) site build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -4,22 +4,33 @@ Every line is a ratio of CPU-seconds taken in one process, after the results wer
 Nothing is asserted about time. docs/performance.md holds the figures of one machine.
 """
 
+import argparse
+import os
 import random
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from palimpsest.facts.counterfact import CounterFact
 from palimpsest.facts.fact import Fact, Prompt
+from palimpsest.facts.splits import split
+from palimpsest.facts.world import World
 from palimpsest.intervene.deltas import WeightDeltas
 from palimpsest.intervene.moments import second_moments
-from palimpsest.intervene.prefixes import in_contexts
+from palimpsest.intervene.prefixes import GivenPrefixes, in_contexts
+from palimpsest.intervene.rome import Rome
 from palimpsest.intervene.values import ValueSearch
 from palimpsest.model.forward import keys, score
 from palimpsest.model.handle import ModelHandle
+from palimpsest.model.load import Pretrained
 from palimpsest.model.site import Change, Site
 from palimpsest.model.tokens import Tokens
 
@@ -29,15 +40,22 @@ CONTEXTS = 20
 
 def main() -> None:
     """Run every comparison and print its line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--counterfact", type=Path, help="its prompts, not the built-in ones")
+    counterfact = parser.parse_args().counterfact
     torch.set_num_threads(2)
     handle = gpt2_small()
     print(f"random GPT-2-small, float32, {torch.get_num_threads()} threads; CPU-seconds")
     print(f"{'work':<58}{'plain':>9}{'engine':>9}{'ratio':>8}{'error':>11}")
     line("v* of one ROME edit, layer 5, 22 prompts, 20 evaluations", *value_search(handle))
     line("second moments of 12 layers, 4,096 tokens", *moments(handle))
+    memory(handle)
+    smollm2 = Pretrained(prefix="\n").load()
+    rows = fact_rows(smollm2, counterfact)
+    source = "the built-in facts'" if counterfact is None else "CounterFact's"
+    print(f"SmolLM2, 64 independent edits, {len(rows)} rows of {source} prompts")
     for size in (1, 8, 64):
-        work = f"64 independent edits, 4 prompts each, {size} a batch"
-        line(work, *independent_edits(handle, size))
+        line(f"64 independent edits, {size} a batch", *independent_edits(smollm2, rows, size))
 
 
 def line(work: str, plain: float, engine: float, error: float) -> None:
@@ -60,15 +78,34 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return error
 
 
-def gpt2_small() -> ModelHandle:
-    """A random model of GPT-2-small's size with a tokenizer of one token a word."""
+@contextmanager
+def fresh_cache() -> Iterator[None]:
+    """Let nothing be found that an earlier run has kept."""
+    before = os.environ.get("PALIMPSEST_CACHE")
+    with tempfile.TemporaryDirectory() as directory:
+        os.environ["PALIMPSEST_CACHE"] = directory
+        try:
+            yield
+        finally:
+            del os.environ["PALIMPSEST_CACHE"]
+            if before is not None:
+                os.environ["PALIMPSEST_CACHE"] = before
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word."""
     words = [f"w{i}" for i in range(50_257)]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+def gpt2_small() -> ModelHandle:
+    """A random model of GPT-2-small's size."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(initializer_range=0.05))
-    return ModelHandle(model, PreTrainedTokenizerFast(tokenizer_object=core), "gpt2-small", "w1 ")
+    return ModelHandle(model, tokenizer(), "gpt2-small", "w1 ")
 
 
 def text(rng: random.Random, words: int) -> str:
@@ -94,7 +131,8 @@ def value_search(handle: ModelHandle) -> tuple[float, float, float]:
     contexts = tuple(text(rng, 5 if i % 2 else 10) for i in range(CONTEXTS))
     search = ValueSearch(stop_below=0.0)
     plain, slow = cpu_seconds(lambda: plain_search(handle, fact, contexts, search))
-    engine, fast = cpu_seconds(lambda: search.optimise(handle, [fact], LAYER, contexts)["delta"][0])
+    site = Site(LAYER, "mlp")
+    engine, fast = cpu_seconds(lambda: search.optimise(handle, [fact], site, contexts)["delta"][0])
     return slow, fast, relative(engine, plain)
 
 
@@ -181,20 +219,62 @@ def second_moments_of_one(handle: ModelHandle, layer: int, ids: Tensor) -> Tenso
     return total / (ids.shape[0] * (ids.shape[1] - 1))
 
 
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def memory(handle: ModelHandle) -> None:
+    """What one ROME edit needs above the model, one row a batch."""
+    rng = random.Random(0)
+    fact = some_fact(rng, 0)
+    contexts = tuple(text(rng, 5 if i % 2 else 10) for i in range(CONTEXTS))
+    size = sum(p.numel() * p.element_size() for p in handle.model.parameters())
+    method = Rome(variant="plain", prefixes=GivenPrefixes(list(contexts)))
+    handle.batch_size, before = 1, handle.batch_size
+    held = peak_memory(restart=True)
+    editing = method.begin(handle, Site(LAYER, "mlp"))
+    with fresh_cache():
+        editing.edit(handle, (fact,), independent=True)
+    above = peak_memory() - held
+    handle.batch_size = before
+    print(
+        f"peak memory of one ROME edit above the model, 1 a batch: {above / 2**20:.0f} MiB, ",
+        end="",
+    )
+    print(f"{above / size:.0%} of the model's {size / 2**20:.0f} MiB", flush=True)
+
+
+def peak_memory(restart: bool = False) -> int:
+    """Most memory resident so far (bytes), from now on if restarted; Linux alone keeps it."""
+    if restart:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
 # -- independent edits -----------------------------------------------------------------------------
 
 
-def independent_edits(handle: ModelHandle, size: int) -> tuple[float, float, float]:
-    """Log-probabilities under 64 edits: weight changed and restored 64 times, against one pass."""
-    rng = random.Random(1)
-    rows = [
-        handle.encode(some_fact(rng, 0).prompt, text(rng, 1), owner)
-        for owner in range(64)
-        for _ in range(4)
+def fact_rows(handle: ModelHandle, counterfact: Path | None) -> list[Tokens]:
+    """Prompts of 64 facts with both objects: the fit prompt, paraphrases, at most 10 neighbors."""
+    data = World() if counterfact is None else CounterFact(path=str(counterfact))
+    plan = replace(data, limit=64, test=64, fit=0, probe=0, dev=0, others=0)
+    facts = split(plan.load(), plan, 0, lambda some: [True] * len(some))
+    return [
+        handle.encode(prompt, completion, owner)
+        for owner, fact in enumerate(facts.target)
+        for prompt in (fact.prompt, *fact.paraphrases, *fact.neighbors)
+        for completion in (fact.true, fact.new or "")
     ]
+
+
+def independent_edits(
+    handle: ModelHandle, rows: Sequence[Tokens], size: int
+) -> tuple[float, float, float]:
+    """Log-probabilities under 64 edits: weight changed and restored 64 times, against one pass."""
     generator = torch.Generator().manual_seed(2)
-    left = torch.randn(64, 1, 3072, generator=generator)
-    right = torch.randn(64, 1, 768, generator=generator)
+    weight = handle.w_out(LAYER)
+    left = torch.randn(64, 1, weight.shape[1], generator=generator) / weight.shape[1]
+    right = torch.randn(64, 1, weight.shape[0], generator=generator)
     model = handle.fingerprint
     handle.batch_size = size
 

@@ -12,6 +12,7 @@ from palimpsest.evaluate.ruler import Ruler, portraits
 from palimpsest.facts.dataset import DataSet
 from palimpsest.facts.fact import FactSet
 from palimpsest.facts.splits import Splits, split
+from palimpsest.files import check_writable
 from palimpsest.intervene.controls import NoChange
 from palimpsest.intervene.intervention import Method
 from palimpsest.locate.fixed import Fixed
@@ -55,6 +56,11 @@ class Experiment:
     config: dict[str, Any]
     command: str
 
+    def site(self, model: ModelHandle) -> Site:
+        """Where the method changes the model; one that changes several layers has its own table."""
+        place = getattr(self.method, "place", None)
+        return self.locate.site(model, self.method.part, place)
+
 
 def run(experiment: Experiment, phase: Phase) -> tuple[Path, bool]:
     """Fit one method on the target facts, apply it, measure it, record it.
@@ -75,12 +81,13 @@ def run(experiment: Experiment, phase: Phase) -> tuple[Path, bool]:
     with timed("load"):
         model = experiment.model.load()
         facts = experiment.facts.load()
-    site = experiment.locate.site(model, experiment.method.part)
+    site = experiment.site(model)
     record = _record(experiment, model, facts, site)
     directory = experiment.recording.directory / record["run_id"]
     check_earlier(directory)
     if is_done(directory):
         return directory, True
+    check_writable(directory)
     with timed("split"):
         splits = split(facts, experiment.facts, experiment.seed, partial(knows, model))
     record["facts"] |= {"counts": dict(splits.counts), "sizes": splits.sizes}
@@ -91,6 +98,7 @@ def run(experiment: Experiment, phase: Phase) -> tuple[Path, bool]:
             store.update(wandb=tracker.describe())
             _work(experiment, model, splits, site, store, timed)
             store.update(seconds=watch.seconds, peak_mb=watch.peak_mb)
+            store.update(batch_sizes={"forward": model.batch_size})
             live.log_results(store.snapshot())
     except BaseException as error:
         store.fail(error)
@@ -115,12 +123,19 @@ def _work(
         intervention = experiment.method.fit(model, facts, site)
         intervention.save(store.directory / "intervention")
         sections = [("fit", iter(intervention.diagnostics))]
-    with phase("measure"), intervention.applied(model):
-        sections += ruler.sections(model, facts, intervention.change, baseline, seed)
-        for name, rows in sections:
+    change = intervention.change
+    with phase("measure"):
+        for step in intervention.checkpoints:
+            name = f"step/{step}"
             if not store.has(name):
-                store.append(rows, section=name)
-        store.write_facts(portraits(model, facts))
+                with intervention.at(step).applied(model):
+                    store.append(ruler.along(model, facts, change, step, seed), section=name)
+        with intervention.applied(model):
+            sections += ruler.sections(model, facts, change, baseline, seed)
+            for name, rows in sections:
+                if not store.has(name):
+                    store.append(rows, section=name)
+            store.write_facts(portraits(model, facts))
 
 
 def _record(
@@ -154,6 +169,7 @@ def _record(
         "config": experiment.config,
         "versions": provenance.versions(),
         "git_commit": provenance.git_commit(),
+        "code": provenance.code(),
         "device": provenance.device_name(model.device),
         "batch_sizes": {"forward": model.batch_size},
         "command": experiment.command,

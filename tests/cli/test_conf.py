@@ -104,9 +104,9 @@ def test_cfg_job_prints_the_configuration_and_runs_nothing(call, tmp_path):
 
 
 def test_cfg_job_of_a_wrong_request_is_wrong(call):
-    outcome = call("run", "--cfg", "job", "intervene=roem")
+    outcome = call("run", "--cfg", "job", "intervene=leaec")
     assert outcome.code == 2
-    assert "did you mean 'rome'?" in outcome.err
+    assert "did you mean 'leace'?" in outcome.err
 
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"]])

@@ -1,6 +1,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args
 
@@ -12,11 +12,11 @@ from palimpsest.evaluate.downstream import Downstream
 from palimpsest.evaluate.recoverability import UPSTREAM, Recoverability
 from palimpsest.evaluate.ruler import Ruler, portraits
 from palimpsest.facts.dataset import DataSet
-from palimpsest.facts.fact import FactSet
+from palimpsest.facts.fact import FactSet, Prompt
 from palimpsest.facts.splits import Splits, split
-from palimpsest.model.forward import greedy
+from palimpsest.model.forward import features, greedy
 from palimpsest.model.handle import ModelHandle
-from palimpsest.model.site import Change, Site
+from palimpsest.model.site import Change, Policy, Position, Site
 from palimpsest.model.tokens import NOBODY
 from palimpsest.record.row import Axis, Row, Scope
 from tests.evaluate.toy import CLASSES, make_fact, make_splits
@@ -194,6 +194,39 @@ def test_every_protocol_is_defined_in_the_docs(
             and (f"`{metric}`" in line or (metric.startswith("twohop") and "the same" in line))
             for line in lines
         ), (metric, protocol)
+
+
+@pytest.mark.parametrize("policy", get_args(Policy))
+def test_values_are_called_unchanged_where_states_are(
+    ruler: Ruler, model: ModelHandle, dealt: Splits, policy: Policy
+) -> None:
+    """Some prompts go on after their subject, some end with it."""
+    ending = {fact.id: Prompt.fill("fit", "Here is {}", fact.subject) for fact in dealt.target[::2]}
+    target = [replace(fact, prompt=ending.get(fact.id, fact.prompt)) for fact in dealt.target]
+    facts = replace(dealt, target=tuple(target))
+    encoded = [model.encode(fact.prompt) for fact in target]
+    sites = [Site(layer) for layer in range(model.n_layers)]
+    positions = get_args(Position)
+    before = features(model, encoded, sites, positions)
+    change = Change("relation", False, 1, "residual", policy)
+    baseline = ruler.prepare(model, facts, 0)
+    with erased(policy)(model):
+        after = features(model, encoded, sites, positions)
+        rows = list(ruler.measure(model, facts, change, baseline, 0))
+    place = {fact.id: n for n, fact in enumerate(target)}
+    read = [row for row in rows if row.layer is not None and row.fact_id in place]
+    states = (before, after)
+    found = {True: 0, False: 0}
+    for row in read:
+        if row.value is None:
+            continue
+        at = (row.layer, positions.index(row.position), place[row.fact_id])
+        moved = not torch.equal(*(state[at] for state in states))
+        # What acts on the subject reaches the tokens after it through the next block's attention.
+        spared = policy == "last_subject" and row.layer == 1 and row.position == "last_prompt"
+        assert spared or moved is (UPSTREAM not in (row.note or "")), row
+        found[moved] += 1
+    assert min(found.values()) > 0
 
 
 def test_measuring_twice_gives_the_same_rows(

@@ -10,23 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.facts.splits import Splits
+from palimpsest.intervene.intervention import Intervention
 from palimpsest.intervene.moments import GivenMoments
 from palimpsest.intervene.prefixes import GivenPrefixes
 from palimpsest.model.handle import ModelHandle
+from tests.model.tiny import KINDS, make_model, trained
 
-ARCHITECTURES = ("gpt2", "llama")
+ARCHITECTURES = KINDS
 
 CORPUS = (
     "The people of Borland speak French and the people of Tarstan speak Greek.",
@@ -64,34 +58,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE with about 90 merges: short words are one token, long ones several."""
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=350, initial_alphabet=alphabet, special_tokens=[END], show_progress=False
-    )
-    inner.train_from_iterator(CORPUS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=END, eos_token=END)
-
-
-def _gpt2(vocabulary: int) -> PreTrainedModel:
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=vocabulary, n_layer=4, n_head=4, n_embd=32, n_positions=160,
-            bos_token_id=0, eos_token_id=0,
-        )
-    )  # fmt: skip
-
-
-def _llama(vocabulary: int) -> PreTrainedModel:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=160,
-            bos_token_id=0, eos_token_id=0,
-        )
-    )  # fmt: skip
+    return trained(CORPUS, 350, bos_token=END, eos_token=END)
 
 
 def _spread(model: PreTrainedModel, seed: int) -> None:
@@ -109,7 +76,7 @@ def _spread(model: PreTrainedModel, seed: int) -> None:
 
 def make_handle(kind: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> ModelHandle:
     """A tiny GPT-2 without a prefix, or a tiny Llama that puts a newline before every prompt."""
-    model = {"gpt2": _gpt2, "llama": _llama}[kind](len(tokenizer))
+    model = make_model(kind, vocab_size=len(tokenizer), bos_token_id=0)
     _spread(model, seed)
     prefix = "" if kind == "gpt2" else "\n"
     return ModelHandle(model, tokenizer, f"tiny-{kind}", prefix, batch_size=8)
@@ -166,6 +133,9 @@ TARGETS = (
 )
 """Subjects of 1 to many tokens at different places; new objects of one token and of several."""
 
+ENDING = tuple(fact(f.subject, f.true, f.new, "In the north is {}") for f in TARGETS)
+"""The same facts with the subject last: the last layer can change what comes next."""
+
 CONTEXTS = ("It is said", "Therefore the large city in the north", "Where")
 
 
@@ -195,6 +165,16 @@ def moments() -> Callable[[ModelHandle], GivenMoments]:
         return GivenMoments(given)
 
     return make
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Distance in Frobenius norm, relative to what is expected."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def values_of(intervention: Intervention, metric: str) -> list[float | None]:
+    """A diagnostic, in the order of the rows."""
+    return [row.value for row in intervention.diagnostics if row.metric == metric]
 
 
 # -- models are left as they were ------------------------------------------------------------------

@@ -18,7 +18,9 @@ SITE = Site(1, "mlp")
 
 def base(protocol: str = "independent") -> Rome:
     """What is imitated."""
-    return Rome("plain", protocol, search=ValueSearch(6), prefixes=GivenPrefixes([]))
+    return Rome(
+        variant="plain", protocol=protocol, search=ValueSearch(6), prefixes=GivenPrefixes([])
+    )
 
 
 def fit(model: ModelHandle, method: Rome | RandomDelta) -> WeightDeltas:

@@ -128,7 +128,7 @@ def test_completions_are_scored_under_their_owners_delta(model: ModelHandle) -> 
 
 
 def test_romes_deltas_are_felt_as_changed_weights(model: ModelHandle) -> None:
-    method = Rome("plain", search=ValueSearch(8), prefixes=GivenPrefixes(list(CONTEXTS)))
+    method = Rome(variant="plain", search=ValueSearch(8), prefixes=GivenPrefixes(list(CONTEXTS)))
     deltas = method.fit(model, splits(TARGETS), Site(LAYER, "mlp"))
     for owner in range(len(TARGETS)):
         rows = rows_of(model, [owner])

@@ -320,7 +320,7 @@ def test_relative_cross_covariance_is_what_it_says() -> None:
 def test_an_incomplete_erasure_is_a_failure(
     gpt2: ModelHandle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(RuntimeError, match=r"relative cross-covariance of .*lower intervene.svd"):
+    with pytest.raises(RequestError, match=r"cross-covariance below .*lower intervene.svd"):
         fit(gpt2, svd_tol=10.0)
 
 

@@ -88,12 +88,12 @@ def test_position_0_counts_only_if_it_is_asked_for(gpt2: ModelHandle) -> None:
 def test_the_matrix_is_the_texts(model: ModelHandle, empty_cache: Path) -> None:
     rows = SMALL.rows(model)
     expected = plain_loop(model, 2, rows, first=1)
-    torch.testing.assert_close(SMALL.matrix(model, 2), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(SMALL.several(model, [2])[2].matrix, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_given_moments_are_taken_as_they_are(gpt2: ModelHandle) -> None:
     given = torch.eye(3)
-    assert torch.equal(GivenMoments({2: given}).matrix(gpt2, 2), given.double())
+    assert torch.equal(GivenMoments({2: given}).several(gpt2, [2])[2].matrix, given.double())
 
 
 # -- sampled text ----------------------------------------------------------------------------------
@@ -138,10 +138,10 @@ def test_rows_are_rounded_up_to_the_tokens_asked_for(gpt2: ModelHandle, tokens: 
 
 def test_what_is_kept_needs_no_pass(model: ModelHandle, empty_cache: Path) -> None:
     with counting(model) as passes:
-        first = SMALL.matrix(model, 1)
+        first = SMALL.several(model, [1])[1].matrix
         assert passes
         passes.clear()
-        assert torch.equal(SMALL.matrix(model, 1), first)
+        assert torch.equal(SMALL.several(model, [1])[1].matrix, first)
         assert passes == []
 
 
@@ -149,13 +149,14 @@ def test_further_layers_come_from_the_same_pass(model: ModelHandle, empty_cache:
     several = Moments(tokens=150, length=16, layers=[0, 3])
     SMALL.rows(model)  # the text is sampled before passes are counted
     with counting(model) as passes:
-        middle = several.matrix(model, 1)
+        middle = several.several(model, [1])[1].matrix
         assert sum(passes) == len(SMALL.rows(model))
         passes.clear()
-        kept = {layer: SMALL.matrix(model, layer) for layer in (0, 3)}
+        kept = {layer: SMALL.several(model, [layer])[layer].matrix for layer in (0, 3)}
         assert passes == []
-    assert torch.equal(middle, SMALL.matrix(model, 1))
-    assert torch.equal(kept[3], second_moments(model, [3], SMALL.rows(model), False)[3])
+    assert torch.equal(middle, SMALL.several(model, [1])[1].matrix)
+    expected = second_moments(model, [3], SMALL.rows(model), False)[3]
+    torch.testing.assert_close(kept[3], expected, rtol=1e-12, atol=1e-15)
 
 
 OTHERS = [
@@ -170,8 +171,8 @@ OTHERS = [
 def test_another_request_is_another_file(
     gpt2: ModelHandle, empty_cache: Path, other: dict[str, int]
 ) -> None:
-    first = SMALL.matrix(gpt2, 1)
-    second = Moments(**{"tokens": 150, "length": 16, **other}).matrix(gpt2, 1)
+    first = SMALL.several(gpt2, [1])[1].matrix
+    second = Moments(**{"tokens": 150, "length": 16, **other}).several(gpt2, [1])[1].matrix
     assert len(files(empty_cache)) == 2
     assert not torch.equal(first, second)
 
@@ -183,10 +184,10 @@ def test_another_model_layer_or_prefix_is_another_file(
     other.blocks[0].mlp.c_fc.bias.data += 0.1
     prefixed.prefix = "\n"
     found = [
-        SMALL.matrix(gpt2, 1),
-        SMALL.matrix(gpt2, 2),
-        SMALL.matrix(other, 1),
-        SMALL.matrix(prefixed, 1),
+        SMALL.several(gpt2, [1])[1].matrix,
+        SMALL.several(gpt2, [2])[2].matrix,
+        SMALL.several(other, [1])[1].matrix,
+        SMALL.several(prefixed, [1])[1].matrix,
     ]
     assert len(files(empty_cache)) == 4
     assert not any(torch.equal(found[0], each) for each in found[1:])
@@ -197,13 +198,13 @@ def test_another_model_layer_or_prefix_is_another_file(
 def test_a_damaged_file_is_made_anew(
     gpt2: ModelHandle, empty_cache: Path, kind: str, damage: bytes | None
 ) -> None:
-    first = SMALL.matrix(gpt2, 1)
+    first = SMALL.several(gpt2, [1])[1].matrix
     (kept,) = files(empty_cache, kind)
     whole = kept.read_bytes()
     kept.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
     if kind == "text":
         files(empty_cache)[0].unlink()
-    assert torch.equal(SMALL.matrix(gpt2, 1), first)
+    assert torch.equal(SMALL.several(gpt2, [1])[1].matrix, first)
     assert kept.read_bytes() == whole
     assert {path.suffix for path in empty_cache.rglob("*") if path.is_file()} == {".safetensors"}
 
@@ -249,11 +250,11 @@ def test_moments_follow_the_files_content_not_its_name(
     one, two = tmp_path / "one.txt", tmp_path / "two.txt"
     for path in (one, two):
         path.write_text(" ".join(CORPUS), encoding="utf-8")
-    first = from_file(one).matrix(gpt2, 1)
-    assert torch.equal(from_file(two, seed=3).matrix(gpt2, 1), first)
+    first = from_file(one).several(gpt2, [1])[1].matrix
+    assert torch.equal(from_file(two, seed=3).several(gpt2, [1])[1].matrix, first)
     assert len(files(empty_cache)) == 1
     one.write_text(" ".join(reversed(CORPUS)), encoding="utf-8")
-    assert not torch.equal(from_file(one).matrix(gpt2, 1), first)
+    assert not torch.equal(from_file(one).several(gpt2, [1])[1].matrix, first)
 
 
 def test_a_missing_file_is_named(gpt2: ModelHandle, tmp_path: Path) -> None:
@@ -264,7 +265,7 @@ def test_a_missing_file_is_named(gpt2: ModelHandle, tmp_path: Path) -> None:
     path.write_text(" ".join(CORPUS))
     moments = from_file(path)
     path.unlink()
-    for ask in (moments.rows, lambda model: moments.matrix(model, 0)):
+    for ask in (moments.rows, lambda model: moments.several(model, [0])[0].matrix):
         with pytest.raises(RequestError, match=message):
             ask(gpt2)
 
@@ -275,7 +276,7 @@ def test_too_short_a_text_says_how_long_it_must_be(gpt2: ModelHandle, tmp_path: 
     found = len(ids_of(gpt2, CORPUS[:1]))
     message = f"at least 150 tokens.*found {found} in {path}.*longer text.*moments.tokens"
     with pytest.raises(RequestError, match=message):
-        from_file(path, tokens=140).matrix(gpt2, 0)
+        from_file(path, tokens=140).several(gpt2, [0])
 
 
 @pytest.mark.parametrize(
@@ -311,7 +312,7 @@ def test_moments_of_too_few_tokens_name_the_tokens_needed(model: ModelHandle) ->
 def test_a_layer_that_is_not_there_is_refused(gpt2: ModelHandle) -> None:
     for moments, layer in ((SMALL, 4), (Moments(tokens=150, length=16, layers=[9]), 1)):
         with pytest.raises(RequestError, match=r"layer from 0 to 3 for tiny-gpt2, found [49]"):
-            moments.matrix(gpt2, layer)
+            moments.several(gpt2, [layer])
 
 
 @pytest.mark.parametrize("mistake", [{"length": 1}, {"tokens": 0}], ids=str)

@@ -180,7 +180,7 @@ def test_a_fit_that_fails_leaves_the_model_alone(
     model: ModelHandle, after: int, empty_cache: Path
 ) -> None:
     before = weights(model)
-    method = Rome("plain", search=ValueSearch(3), prefixes=GivenPrefixes([]))
+    method = Rome(variant="plain", search=ValueSearch(3), prefixes=GivenPrefixes([]))
     with pytest.raises(KeyboardInterrupt), failing(model, 3, KeyboardInterrupt(), after):
         method.fit(model, splits(TARGETS), Site(2, "mlp"))
     assert_untouched(model, before)

@@ -13,18 +13,25 @@ from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.intervene.deltas import WeightDeltas
 from palimpsest.intervene.moments import GivenMoments
 from palimpsest.intervene.prefixes import GivenPrefixes
-from palimpsest.intervene.rome import Rome, solve
+from palimpsest.intervene.rome import Rome
+from palimpsest.intervene.solving import Inverse
 from palimpsest.intervene.values import ValueSearch
 from palimpsest.model.forward import keys
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site
 from tests.intervene import literal_rome
-from tests.intervene.conftest import CONTEXTS, SPEAK, TARGETS, fact, splits
+from tests.intervene.conftest import (
+    CONTEXTS,
+    ENDING,
+    SPEAK,
+    TARGETS,
+    fact,
+    relative,
+    splits,
+    values_of,
+)
 
 Moments = Callable[[ModelHandle], GivenMoments]
-
-ENDING = tuple(fact(f.subject, f.true, f.new, "In the north is {}") for f in TARGETS)
-"""The same facts with the subject last: the last layer can change what comes next."""
 
 SHORT = ValueSearch(steps=10)
 
@@ -56,18 +63,8 @@ def literal(
     target: tuple[Fact, ...] = TARGETS,
 ) -> list[literal_rome.Edit]:
     """The slow one, for each target."""
-    matrix = moments(model).matrix(model, layer) if variant == "moments" else None
+    matrix = moments(model).several(model, [layer])[layer].matrix if variant == "moments" else None
     return [literal_rome.edit(model, f, layer, CONTEXTS, matrix, search) for f in target]
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    """Distance in Frobenius norm, relative to what is expected."""
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
-
-
-def values_of(rows: WeightDeltas, metric: str) -> list[float]:
-    """A diagnostic, by fact."""
-    return [row.value for row in rows.diagnostics if row.metric == metric]
 
 
 def assert_equal(deltas: WeightDeltas, expected: list[literal_rome.Edit]) -> None:
@@ -169,7 +166,7 @@ def bare_keys(model: ModelHandle, target: tuple[Fact, ...], layer: int = 1) -> T
 
 def searched(model: ModelHandle, target: tuple[Fact, ...], layer: int = 1) -> Tensor:
     """δ of each fact, `[F, d_model]`."""
-    return SHORT.find(model, target, layer, CONTEXTS).delta
+    return SHORT.find(model, target, Site(layer, "mlp"), CONTEXTS).delta
 
 
 @pytest.mark.parametrize("variant", ["moments", "plain"])
@@ -282,7 +279,7 @@ def test_singular_moments_name_the_tokens_needed(missing: int) -> None:
     generator = torch.Generator().manual_seed(missing)
     samples = torch.randn(128 - missing, 128, generator=generator, dtype=torch.float64)
     with pytest.raises(RequestError, match=r"full rank 128.*moments.tokens to at least 1280"):
-        solve(samples.T @ samples, torch.ones(1, 128, dtype=torch.float64))
+        Inverse.of(samples.T @ samples)
 
 
 def test_a_solution_solves() -> None:
@@ -290,4 +287,4 @@ def test_a_solution_solves() -> None:
     samples = torch.randn(400, 128, generator=generator, dtype=torch.float64)
     samples *= torch.logspace(-4, 4, 128, dtype=torch.float64)  # badly scaled is not singular
     moments, rows = samples.T @ samples / 400, samples[:3]
-    torch.testing.assert_close(solve(moments, rows) @ moments, rows)
+    torch.testing.assert_close(Inverse.of(moments).apply(rows) @ moments, rows)

@@ -36,6 +36,14 @@ def test_a_layer_by_its_depth(model: ModelHandle, part: str, depth: str, layer: 
     assert site == Site(layer, part)  # type: ignore[arg-type]
 
 
+def test_a_place_has_a_row_of_its_own(model: ModelHandle) -> None:
+    depths = DEPTHS | {"span": {"early": 2}}
+    assert Fixed(depths=depths).site(model, "mlp", "span") == Site(2, "mlp")
+    assert Fixed(layer=0, depths=depths).site(model, "mlp", "span") == Site(0, "mlp")
+    with pytest.raises(RequestError, match="expected a layer for span of"):
+        Fixed(depths=DEPTHS).site(model, "mlp", "span")
+
+
 def test_the_depth_is_early_unless_asked_otherwise(model: ModelHandle) -> None:
     assert Fixed(depths=DEPTHS).site(model, "mlp").layer == 1
 

@@ -7,7 +7,9 @@ import torch
 
 from palimpsest.errors import RequestError
 from palimpsest.facts.fact import Prompt
+from palimpsest.model.forward import keys, score
 from palimpsest.model.load import Pretrained
+from palimpsest.model.memory import default_rows
 from tests.model.tiny import KINDS, make_handle, make_model, tokenizer
 
 
@@ -158,3 +160,20 @@ def test_an_absent_gpu_is_refused(
 def test_an_empty_batch_is_refused(size: int) -> None:
     with pytest.raises(RequestError, match=f"model.batch_size .*{size}"):
         Pretrained(batch_size=size)
+
+
+def test_the_number_of_rows_is_the_devices_unless_given(saved: Path) -> None:
+    assert load(saved).batch_size == default_rows(torch.device("cpu"))
+    assert load(saved, batch_size=3).batch_size == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("saved", ["llama"], indirect=True)
+def test_compiled_blocks_compute_the_same_and_see_later_hooks(saved: Path) -> None:
+    plain, compiled = load(saved), load(saved, compile=True)
+    rows = [
+        plain.encode(Prompt.fill("p", "The city of {} is in", s), "Japan") for s in ("東京", "Ur")
+    ]
+    expected = [found.logprob for found in score(plain, rows)]
+    assert [found.logprob for found in score(compiled, rows)] == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(keys(compiled, rows, 1), keys(plain, rows, 1), rtol=1e-4, atol=1e-4)

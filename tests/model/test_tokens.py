@@ -1,3 +1,5 @@
+from typing import get_args
+
 import pytest
 import torch
 
@@ -106,3 +108,13 @@ def test_a_change_reaches_what_comes_at_or_after_it(
 ) -> None:
     for (layer, which), reached in wanted.items():
         assert change.reaches(layer, ("last_subject", "last_prompt")[which]) is reached
+
+
+@pytest.mark.parametrize("policy", get_args(Policy))
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_subject_that_ends_its_prompt_is_reached_as_the_prompt_s_end_is(
+    policy: Policy, layer: int
+) -> None:
+    change = Change("relation", False, 1, "residual", policy)
+    reached = change.reaches(layer, "last_subject", coincide=True)
+    assert reached is change.reaches(layer, "last_prompt") is (layer >= 1)

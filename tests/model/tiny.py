@@ -1,5 +1,6 @@
 """Tiny models with random weights, large enough that their predictions differ and are peaked."""
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -31,17 +32,22 @@ SENTENCES = (
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer as GPT-2's, of 340 tokens and one special token."""
+    return trained(SENTENCES, 340, eos_token="<|end|>")
+
+
+def trained(sentences: Sequence[str], size: int, **special: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most `size` tokens, the special ones first."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=340,
-        special_tokens=["<|end|>"],
+        vocab_size=size,
+        special_tokens=list(dict.fromkeys(special.values())),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(SENTENCES, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+    backend.train_from_iterator(sentences, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
 def gpt2(seed: int = 0, **options: int) -> GPT2LMHeadModel:

@@ -119,6 +119,13 @@ def test_attacks_do_not_enter_the_headline(write_run):
     assert value(run, "recoverability/probe_accuracy/frozen").value == 0.5
 
 
+def test_a_point_is_upstream_only_where_no_value_can_be_reached():
+    note = "unchanged by construction; oracle_gate"
+    rows = [*probe("frozen", 1.0, layer=1, note=note), *probe("frozen", None, layer=1, note="x")]
+    mixed = [*probe("frozen", 1.0, layer=2, note=note), *probe("frozen", 1.0, 0.0, layer=2)]
+    assert [(p.layer, p.upstream) for p in curve([*rows, *mixed])] == [(1, True), (2, False)]
+
+
 def test_curves_leave_out_layers_without_values(write_run):
     rows = [*probe("frozen", 1.0, 0.0, layer=1, note="unchanged by construction")]
     rows += [*probe("frozen", None, None, layer=2, note="x"), *probe("frozen", 1.0, 1.0, layer=3)]

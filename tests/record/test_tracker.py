@@ -125,6 +125,48 @@ def test_steps_become_history(tmp_path, write_run):
     assert steps == {1: 0.5, 5: 0}
 
 
+def test_sequences_become_curves_over_facts_without_missing_values(tmp_path, write_run):
+    about = {"scope": "fact", "axis": "downstream", "split": "target"}
+    win = about | {"metric": "efficacy", "protocol": "probability", "prompt_id": "fit"}
+    near = about | {"metric": "neighborhood", "protocol": "probability"}
+    gone = about | {"metric": "suppression", "protocol": "candidates"}
+    text = {"scope": "fact", "axis": "downstream", "metric": "perplexity"}
+    text["protocol"] = "heldout_text"
+    rows = [
+        *(Row(**win, fact_id=f"f{k:02d}", step=10, value=float(k > 1)) for k in range(10)),
+        *(Row(**win, fact_id=f"f{k:02d}", step=12, value=float(k > 5)) for k in range(1, 12)),
+        Row(**win, fact_id="f00", step=12, value=None, n=0, note="failed"),
+        Row(**near, fact_id="f01", prompt_id="neighbor/0", step=12, value=1.0),
+        Row(**near, fact_id="f02", prompt_id="neighbor/0", step=12, value=0.0),
+        Row(**near, fact_id="f02", prompt_id="neighbor/1", step=12, value=1.0),
+        Row(**gone, fact_id="f01", prompt_id="fit", step=12, value=1.0),
+        Row(**gone, fact_id="f01", prompt_id="paraphrase/0", step=12, value=0.0),
+        Row(**text, step=10, value=20.0),
+        Row(**text, step=12, value=None, n=0, note="no finite perplexity"),
+    ]
+    run = write_run(*rows)
+    with Tracker().run(run.path, run.run) as live:
+        live.log_results(run)
+    history = [record["history"]["item"] for record in records(run.path) if "history" in record]
+    logged = [item for item in history if any(name.startswith("by_step/") for name in item)]
+    curves = {
+        item["step"]: {name: item[name] for name in item if name.startswith("by_step/")}
+        for item in logged
+    }
+    name = "by_step/downstream/{}".format
+    assert curves[10] == {
+        name("efficacy/probability"): 0.8,
+        name("retention/first_10"): 0.8,
+        name("perplexity/heldout_text"): 20,
+    }
+    assert curves[12] == {
+        name("efficacy/probability"): pytest.approx(6 / 11),
+        name("retention/first_10"): pytest.approx(4 / 9),
+        name("neighborhood/probability"): 0.75,
+        name("suppression/candidates"): 0,
+    }
+
+
 @pytest.mark.parametrize("tracker", [NullTracker(), Tracker(mode="disabled")])
 def test_disabled_leaves_nothing(tracker, tmp_path, runs):
     with tracker.run(tmp_path, runs[0].run) as live:

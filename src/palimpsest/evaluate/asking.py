@@ -3,7 +3,7 @@
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,9 @@ from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.files import cached_tensors
 from palimpsest.model.forward import Score, score
 from palimpsest.model.handle import ModelHandle
+from palimpsest.model.site import Change
 from palimpsest.model.tokens import NOBODY
+from palimpsest.record.row import Row
 
 MOST_CANDIDATES = 32
 """Where a relation has more objects, true, new and others picked by hash make up this many."""
@@ -20,7 +22,13 @@ MOST_CANDIDATES = 32
 
 @dataclass(frozen=True)
 class Query:
-    """A prompt, the completions to be scored, and the fact that the prompt belongs to."""
+    """A prompt and what may follow it.
+
+    Attributes:
+        prompt: what is asked.
+        completions: to be scored.
+        owner: index of the fact that the prompt belongs to, or `NOBODY`.
+    """
 
     prompt: Prompt
     completions: Sequence[str]
@@ -67,7 +75,7 @@ def knows(model: ModelHandle, facts: Sequence[Fact]) -> list[bool]:
         return {"known": torch.tensor(hits)}
 
     key = {
-        "model": model.fingerprint,
+        "model": model.state,
         "prefix": model.prefix,
         "facts": [[fact.prompt.text, fact.prompt.span, fact.true] for fact in facts],
     }
@@ -84,3 +92,9 @@ def rotation(prompts: int, facts: int, seed: int) -> list[int]:
     order = list(range(facts))
     random.Random(f"owners/{seed}").shuffle(order)
     return [order[index % facts] for index in range(prompts)]
+
+
+def withheld(row: Row, change: Change) -> Row:
+    """The row; null with the cause if it is of a target fact that could not be changed."""
+    cause = change.failed.get(row.fact_id or "") if row.split == "target" else None
+    return row if cause is None else replace(row, value=None, n=0, note=cause)

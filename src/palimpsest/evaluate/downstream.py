@@ -1,15 +1,24 @@
 """Downstream: what the model now says, about its facts and about everything else."""
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
 from statistics import fmean
 
 from palimpsest.errors import RequestError, check_at_least
-from palimpsest.evaluate.asking import Answer, Query, ask, best, candidates, rotation
+from palimpsest.evaluate.asking import (
+    Answer,
+    Query,
+    ask,
+    best,
+    candidates,
+    rotation,
+    withheld,
+)
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.facts.splits import Splits
 from palimpsest.files import reading
@@ -19,6 +28,8 @@ from palimpsest.model.sample import start_ids
 from palimpsest.model.site import Change
 from palimpsest.model.tokens import Tokens
 from palimpsest.record.row import Row
+
+_OVERFLOW = math.log(sys.float_info.max)
 
 Answers = list[dict[str, Answer]]
 """For each target fact, by prompt id, the answers to its fit prompt, paraphrases and neighbors."""
@@ -65,10 +76,20 @@ class Downstream:
     ) -> Iterator[Row]:
         """The rows of the axis `downstream`; definitions stand in docs/metrics.md."""
         row = partial(Row, axis="downstream", scope=change.scope)
-        rows = [r for i, fact in enumerate(facts.target) for r in _of_fact(row, fact, answers[i])]
-        yield from rows
-        yield _harmonic_mean(row, rows)
+        yield from _asked(row, facts, change, answers)
         yield from _accuracy(row, model, facts, seed)
+        yield self._perplexity(row, model, len(facts.target), seed)
+
+    def along(
+        self, model: ModelHandle, facts: Splits, change: Change, step: int, seed: int
+    ) -> Iterator[Row]:
+        """The same of the first `step` facts and of the text, after so many edits.
+
+        Every row carries the step: how the first facts fare later on shows what is retained.
+        """
+        so_far = replace(facts, target=facts.target[:step])
+        row = partial(Row, axis="downstream", scope=change.scope, step=step)
+        yield from _asked(row, so_far, change, ask_targets(model, so_far))
         yield self._perplexity(row, model, len(facts.target), seed)
 
     def _perplexity(self, row: partial[Row], model: ModelHandle, owners: int, seed: int) -> Row:
@@ -77,7 +98,10 @@ class Downstream:
         scores = score(model, tokens)
         total = sum(s.tokens for s in scores)
         loss = -sum(s.logprob for s in scores) / total
-        return row(metric="perplexity", protocol="heldout_text", value=math.exp(loss), n=total)
+        row = partial(row, metric="perplexity", protocol="heldout_text")
+        if not loss < _OVERFLOW:
+            return row(value=None, n=0, note=f"{loss:.3g} nats a token: no finite perplexity")
+        return row(value=math.exp(loss), n=total)
 
     def _rows(self, model: ModelHandle, owners: int, seed: int) -> list[Tokens]:
         start = start_ids(model)
@@ -110,18 +134,42 @@ def held_out(path: str | None) -> str:
     return text
 
 
+def _asked(row: partial[Row], facts: Splits, change: Change, answers: Answers) -> Iterator[Row]:
+    """All values of the target facts' own prompts, and their score."""
+    rows = [r for i, fact in enumerate(facts.target) for r in _of_fact(row, fact, answers[i])]
+    rows = [withheld(r, change) for r in rows]
+    yield from rows
+    yield _harmonic_mean(row, rows)
+
+
 def _of_fact(row: partial[Row], fact: Fact, answers: dict[str, Answer]) -> Iterator[Row]:
     """All values of one fact's own prompts."""
     row = partial(row, fact_id=fact.id, relation=fact.relation, split="target")
     for prompt in (fact.prompt, *fact.paraphrases):
-        answer = answers[prompt.id]
         metric = "efficacy" if prompt is fact.prompt else "paraphrase"
-        yield from _wins(row, metric, prompt, answer, fact.new or "", fact.true)
-        gone = partial(row, metric="suppression", prompt_id=prompt.id)
-        yield gone(protocol="candidates", value=float(best(answer) != fact.true))
-        yield gone(protocol="vocabulary", value=float(not answer[fact.true].argmax))
+        found = _about_fact(row, metric, prompt, answers[prompt.id], fact)
+        yield from map(partial(_readable, answers[prompt.id]), found)
     for prompt in fact.neighbors:
-        yield from _wins(row, "neighborhood", prompt, answers[prompt.id], fact.true, fact.new or "")
+        answer = answers[prompt.id]
+        found = _wins(row, "neighborhood", prompt, answer, fact.true, fact.new or "")
+        yield from map(partial(_readable, answer), found)
+
+
+def _about_fact(
+    row: partial[Row], metric: str, prompt: Prompt, answer: Answer, fact: Fact
+) -> Iterator[Row]:
+    """What one prompt about the fact says of its new object and its old one."""
+    yield from _wins(row, metric, prompt, answer, fact.new or "", fact.true)
+    gone = partial(row, metric="suppression", prompt_id=prompt.id)
+    yield gone(protocol="candidates", value=float(best(answer) != fact.true))
+    yield gone(protocol="vocabulary", value=float(not answer[fact.true].argmax))
+
+
+def _readable(answer: Answer, row: Row) -> Row:
+    """The row; null if the model gives no finite probabilities, of which none is the larger."""
+    if all(math.isfinite(score.logprob) for score in answer.values()):
+        return row
+    return replace(row, value=None, n=0, note="the model gives no finite probabilities")
 
 
 def _wins(
@@ -146,7 +194,7 @@ def _harmonic_mean(row: partial[Row], rows: Sequence[Row]) -> Row:
         if not by_fact:
             return row(value=None, n=0, note=f"no {metric} prompts")
         means.append(fmean(fmean(values) for values in by_fact.values()))
-    facts = len({r.fact_id for r in rows})
+    facts = len({r.fact_id for r in rows if r.value is not None})
     value = 0.0 if 0.0 in means else 3 / sum(1 / mean for mean in means)
     return row(value=value, n=facts)
 
@@ -161,11 +209,11 @@ def _accuracy(row: partial[Row], model: ModelHandle, facts: Splits, seed: int) -
     for fact, answer in zip(facts.test, ask(model, queries), strict=True):
         one = partial(row, metric="relation_accuracy", split="test", fact_id=fact.id)
         one = partial(one, relation=fact.relation, prompt_id=fact.prompt.id)
-        yield one(protocol="vocabulary", value=float(answer[fact.true].argmax))
-        yield one(protocol="candidates", value=float(best(answer) == fact.true))
+        yield _readable(answer, one(protocol="vocabulary", value=float(answer[fact.true].argmax)))
+        yield _readable(answer, one(protocol="candidates", value=float(best(answer) == fact.true)))
     owners = rotation(len(facts.others), len(facts.target), seed)
     queries = [Query(f.prompt, [f.true], o) for f, o in zip(facts.others, owners, strict=True)]
     for fact, answer in zip(facts.others, ask(model, queries), strict=True):
         one = partial(row, metric="other_accuracy", protocol="vocabulary", split="others")
         one = partial(one, fact_id=fact.id, relation=fact.relation, prompt_id=fact.prompt.id)
-        yield one(value=float(answer[fact.true].argmax))
+        yield _readable(answer, one(value=float(answer[fact.true].argmax)))

@@ -2,10 +2,11 @@
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -90,7 +91,7 @@ class Recoverability:
     def _train(self, model: ModelHandle, sample: Sequence[Fact], seed: int) -> Trained:
         key = {
             "version": 1,
-            "model": model.fingerprint,
+            "model": model.state,
             "prefix": model.prefix,
             "batch_size": model.batch_size,
             "layers": self.layers(model),
@@ -150,10 +151,11 @@ class Recoverability:
     ) -> Iterator[Row]:
         """The rows of the axis `recoverability`; definitions stand in docs/metrics.md."""
         row = partial(Row, axis="recoverability", scope=change.scope)
+        asked = (*facts.target, *facts.test)
+        coinciding = {fact.id for fact in asked if _coincide(model.encode(fact.prompt))}
         for relation in sorted({fact.relation for fact in facts.target}):
-            yield from self._relation(
-                row, model, facts, change, trained.get(relation), relation, seed
-            )
+            rows = self._relation(row, model, facts, change, trained.get(relation), relation, seed)
+            yield from _labelled(rows, change, coinciding)
 
     def _relation(
         self,
@@ -169,7 +171,7 @@ class Recoverability:
         target = [(i, f) for i, f in enumerate(facts.target) if f.relation == relation]
         rows = [model.encode(fact.prompt, owner=i) for i, fact in target]
         states = self._states(model, rows)
-        yield from self._lens(row, model, [fact for _, fact in target], change, states)
+        yield from self._lens(row, model, [fact for _, fact in target], states)
         if trained is None:
             cause = f"fewer than {self.least} probe subjects a class"
             yield row(metric="probe_accuracy", protocol="frozen", value=None, n=0, note=cause)
@@ -182,7 +184,7 @@ class Recoverability:
         refitted, protocol, cause = self._refit(model, facts, change, trained, relation)
         for split, group, found in groups:
             for where, at_place in found.items():
-                place = _place(row, change, where, split)
+                place = _place(row, where, split)
                 truth = [fact for _, fact in group]
                 yield from _judge(place, "frozen", truth, at_place, trained.probes[where])
                 if refitted is not None:
@@ -192,7 +194,7 @@ class Recoverability:
                         metric="probe_accuracy", protocol="retrained", value=None, n=0, note=cause
                     )
         if refitted is None:
-            yield from self._adaptive(row, model, target, change, states)
+            yield from self._adaptive(row, model, target, states)
 
     def _refit(
         self,
@@ -208,11 +210,14 @@ class Recoverability:
         if change.independent:
             return None, "retrained", "undefined for independent edits: no probe subject is edited"
         sample = [fact for fact in facts.probe if fact.relation == relation]
-        states = self._states(model, [model.encode(fact.prompt) for fact in sample])
+        rows = [model.encode(fact.prompt) for fact in sample]
         labels = [fact.true for fact in sample]
+        coincide = any(map(_coincide, rows))
         probes = {
-            where: train(found, labels, self.c) if change.reaches(*where) else trained.probes[where]
-            for where, found in states.items()
+            where: train(found, labels, self.c)
+            if change.reaches(*where, coincide)
+            else trained.probes[where]
+            for where, found in self._states(model, rows).items()
         }
         return probes, "retrained", ""
 
@@ -221,7 +226,6 @@ class Recoverability:
         row: partial[Row],
         model: ModelHandle,
         target: Sequence[tuple[int, Fact]],
-        change: Change,
         states: Mapping[_Where, Tensor],
     ) -> Iterator[Row]:
         """Probes trained on *other* edited subjects with their original objects, cross-fitted."""
@@ -237,7 +241,7 @@ class Recoverability:
         by_class = sorted(range(len(target)), key=truth.__getitem__)
         fold_of = {n: place % self.folds for place, n in enumerate(by_class)}
         for where in states:
-            place = _place(row, change, where, "target")
+            place = _place(row, where, "target")
             for fold in range(self.folds):
                 kept = [s for s, (n, _) in enumerate(samples) if fold_of[n] != fold]
                 labels = [truth[samples[s][0]] for s in kept]
@@ -254,7 +258,6 @@ class Recoverability:
         row: partial[Row],
         model: ModelHandle,
         target: Sequence[Fact],
-        change: Change,
         states: Mapping[_Where, Tensor],
     ) -> Iterator[Row]:
         """Ranks of the objects' first tokens when the model's own head reads a layer."""
@@ -269,7 +272,7 @@ class Recoverability:
                 scores = logits(model, model.final_norm(state)).cpu()
             ranks = 1 + (scores[:, None, :] > scores.gather(1, first)[:, :, None]).sum(-1)
             for fact, tokens, rank in zip(target, first.tolist(), ranks.tolist(), strict=True):
-                place = _place(row, change, (layer, "last_prompt"), "target")
+                place = _place(row, (layer, "last_prompt"), "target")
                 place = partial(place, fact_id=fact.id, prompt_id=fact.prompt.id)
                 if collide := tokens[0] == tokens[1]:
                     place = partial(place, n=0, note="old and new object share their first token")
@@ -290,10 +293,29 @@ def embeddings(model: ModelHandle, rows: Sequence[Tokens]) -> Tensor:
     return torch.stack(means)
 
 
-def _place(row: partial[Row], change: Change, where: _Where, split: str) -> partial[Row]:
+def _coincide(row: Tokens) -> bool:
+    """Whether the subject's last token is the prompt's last token."""
+    return row.at("last_subject") == row.at("last_prompt")
+
+
+def _place(row: partial[Row], where: _Where, split: str) -> partial[Row]:
     layer, position = where
-    note = None if change.reaches(layer, position) else UPSTREAM
-    return partial(row, layer=layer, position=position, split=split, note=note)
+    return partial(row, layer=layer, position=position, split=split)
+
+
+def _labelled(rows: Iterable[Row], change: Change, coinciding: Collection[str]) -> Iterator[Row]:
+    """The rows, with a note where a value is read that the change cannot have reached.
+
+    Args:
+        rows: of this axis.
+        change: of the model.
+        coinciding: ids of the facts whose prompt ends with its subject.
+    """
+    for row in rows:
+        of_a_fact = None not in (row.value, row.fact_id, row.layer)
+        where = cast(_Where, (row.layer, row.position))
+        reached = not of_a_fact or change.reaches(*where, row.fact_id in coinciding)
+        yield row if reached else replace(row, note=UPSTREAM)
 
 
 def _judge(

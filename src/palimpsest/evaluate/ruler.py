@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from palimpsest.evaluate.asking import withheld
 from palimpsest.evaluate.consistency import Consistency, Premises
 from palimpsest.evaluate.downstream import Downstream, ask_targets
 from palimpsest.evaluate.recoverability import Recoverability, Trained
@@ -79,12 +80,21 @@ class Ruler:
             yield from self.recoverability.measure(model, facts, change, trained, seed)
 
         for section in (downstream, consistency, recoverability):
-            rows = section()
-            oracle = change.policy in ORACLE_POLICIES
-            yield section.__name__, map(_mark_oracle, rows) if oracle else rows
+            yield section.__name__, (_marked(row, change) for row in section())
+
+    def along(
+        self, model: ModelHandle, facts: Splits, change: Change, step: int, seed: int
+    ) -> Iterator[Row]:
+        """What the model says after `step` edits of a sequence, of those facts and elsewhere."""
+        rows = self.downstream.along(model, facts, change, step, seed)
+        return (_marked(row, change) for row in rows)
 
 
-def _mark_oracle(row: Row) -> Row:
+def _marked(row: Row, change: Change) -> Row:
+    """Null if the method could not change the fact; the mark of an oracle where it had one."""
+    row = withheld(row, change)
+    if change.policy not in ORACLE_POLICIES:
+        return row
     return replace(row, note="oracle_gate" if row.note is None else f"{row.note}; oracle_gate")
 
 

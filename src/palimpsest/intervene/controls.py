@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from palimpsest.facts.splits import Splits
+from palimpsest.intervene.composition import Parts
 from palimpsest.intervene.deltas import WeightDeltas
-from palimpsest.intervene.intervention import Method, Unchanged
+from palimpsest.intervene.intervention import Intervention, Method, Unchanged
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change, Site
 
@@ -49,9 +50,22 @@ class RandomDelta:
         """The editor whose u and norm it takes."""
         return self.base  # type: ignore[no-any-return]
 
-    def fit(self, model: ModelHandle, facts: Splits, site: Site) -> WeightDeltas:
-        """Fit the base, then turn each output vector to a random direction."""
-        real: WeightDeltas = self.base.fit(model, facts, site)
-        noise = torch.randn(real.right.shape, generator=torch.Generator().manual_seed(self.seed))
-        unit = noise / noise.norm(dim=-1, keepdim=True)
+    def fit(self, model: ModelHandle, facts: Splits, site: Site) -> Intervention:
+        """Fit the base, then turn each output vector to a random direction.
+
+        Raises:
+            RequestError: the base is refused.
+        """
+        method: Method = self.base
+        return self._turned(method.fit(model, facts, site))
+
+    def _turned(self, real: Intervention) -> Intervention:
+        if isinstance(real, Parts):
+            return replace(real, parts=tuple(self._turned(part) for part in real.parts))
+        assert isinstance(real, WeightDeltas)
+        generator = torch.Generator().manual_seed(self.seed)
+        facts, rank, width = real.right.shape
+        # Row by row, so that a sequence of edits keeps its directions as it grows.
+        noise = [torch.randn(width, generator=generator) for _ in range(facts * rank)]
+        unit = torch.nn.functional.normalize(torch.stack(noise), dim=1).view_as(real.right)
         return replace(real, right=unit * real.right.norm(dim=-1, keepdim=True))

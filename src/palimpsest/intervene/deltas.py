@@ -1,12 +1,14 @@
 """Low-rank changes of one W_out, for one fact each or for all at once."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
+from palimpsest.intervene.composition import joined
 from palimpsest.intervene.intervention import Intervention
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site
@@ -22,8 +24,7 @@ class WeightDeltas(Intervention):
     changed. Otherwise there is a single delta (F = 1), and the weight is really changed.
 
     Attributes:
-        left: `[F, r, d_mlp]` float32, scaled so that its product with the key that it was made for
-            is 1.
+        left: `[F, r, d_mlp]` float32.
         right: `[F, r, d_model]` float32.
     """
 
@@ -45,26 +46,26 @@ class WeightDeltas(Intervention):
         assert self.change.layer is not None
         return self.change.layer
 
-    @contextmanager
-    def applied(self, handle: ModelHandle) -> Iterator[None]:
-        """Change the model while the context lasts.
+    def plus(self, other: Intervention) -> Intervention:
+        """Both sums in one; each delta keeps its own rows."""
+        if not isinstance(other, WeightDeltas) or other.layer != self.layer:
+            return super().plus(other)
+        return replace(
+            self,
+            change=joined([self, other]),
+            left=torch.cat([self.left, other.left], 1),
+            right=torch.cat([self.right, other.right], 1),
+        )
 
-        Raises:
-            RequestError: the intervention was fitted on another model.
-        """
-        self.check_model(handle)
-        with self._per_prompt(handle) if self.change.independent else self._in_weight(handle):
-            yield
+    def changing(self, handle: ModelHandle) -> AbstractContextManager[None]:
+        """Change the model while the context lasts."""
+        return self._per_prompt(handle) if self.change.independent else self._in_weight(handle)
 
     @contextmanager
     def _in_weight(self, handle: ModelHandle) -> Iterator[None]:
         weight = handle.w_out(self.layer)
-        saved = weight.clone()
-        try:
-            weight.add_(self.matrix(0).to(weight))
+        with added(weight, self.matrix(0)):
             yield
-        finally:
-            weight.copy_(saved)
 
     @contextmanager
     def _per_prompt(self, handle: ModelHandle) -> Iterator[None]:
@@ -85,3 +86,15 @@ class WeightDeltas(Intervention):
 
         with handle.hooked_input([(w_out, remember)]), handle.hooked([(w_out, add)]):
             yield
+
+
+@contextmanager
+def added(weight: Tensor, delta: Tensor) -> Iterator[None]:
+    """Add a float32 delta to a weight while the context lasts; the sum is rounded once."""
+    saved = weight.clone()
+    try:
+        precise = torch.promote_types(saved.dtype, torch.float32)
+        weight.copy_(saved.to(precise) + delta.to(weight.device))
+        yield
+    finally:
+        weight.copy_(saved)

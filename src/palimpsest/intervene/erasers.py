@@ -38,13 +38,8 @@ class Erasure(Intervention):
         return states - ((states - bias) @ right.T) @ left.T
 
     @contextmanager
-    def applied(self, handle: ModelHandle) -> Iterator[None]:
-        """Erase while the context lasts.
-
-        Raises:
-            RequestError: the intervention was fitted on another model.
-        """
-        self.check_model(handle)
+    def changing(self, handle: ModelHandle) -> Iterator[None]:
+        """Erase while the context lasts."""
         assert self.change.layer is not None
 
         def hook(states: Tensor) -> Tensor:

@@ -4,15 +4,18 @@ An intervention is applied for the length of a context and leaves the model as i
 also after an error or Ctrl-C. It is saved as safetensors and JSON.
 """
 
+import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from palimpsest.errors import RequestError
@@ -56,8 +59,44 @@ class Intervention(ABC):
         """The tensors, by name; also the constructor's arguments."""
 
     @abstractmethod
-    def applied(self, handle: ModelHandle) -> AbstractContextManager[None]:
-        """Change the model while the context lasts."""
+    def changing(self, handle: ModelHandle) -> AbstractContextManager[None]:
+        """Change the model while the context lasts; `applied` without its checks."""
+
+    @property
+    def checkpoints(self) -> tuple[int, ...]:
+        """Numbers of edits after which a sequence of edits can be measured; none of one change."""
+        return ()
+
+    def at(self, step: int) -> "Intervention":
+        """The change as it was after `step` edits, one of `checkpoints`.
+
+        Raises:
+            ValueError: there is no such checkpoint.
+        """
+        raise ValueError(f"no checkpoint after {step} edits")
+
+    def plus(self, other: "Intervention") -> "Intervention":
+        """This change and then another of its kind at the same place, as one.
+
+        Raises:
+            TypeError: such changes do not add up.
+        """
+        raise TypeError(f"{self.kind} cannot be added to")
+
+    @contextmanager
+    def applied(self, handle: ModelHandle) -> Iterator[None]:
+        """Change the model while the context lasts.
+
+        Raises:
+            RequestError: the intervention was fitted on another model.
+        """
+        self.check_model(handle)
+        with self.changing(handle):
+            handle.changes.append(self.digest)
+            try:
+                yield
+            finally:
+                handle.changes.pop()
 
     def check_model(self, handle: ModelHandle) -> None:
         """Refuse a model other than the one that the intervention was fitted on.
@@ -71,23 +110,36 @@ class Intervention(ABC):
                 f"fitted on, found {handle.fingerprint[:12]}; load that model or fit anew"
             )
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over what it is and every tensor."""
+        hashed = hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode())
+        for name, tensor in sorted(self.tensors().items()):
+            hashed.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+            raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            hashed.update(raw.numpy().data)
+        return hashed.hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """What `intervention.json` says besides the tensors' shapes."""
+        return {"kind": self.kind, "model": self.model, "change": asdict(self.change)}
+
     def save(self, directory: Path) -> None:
         """Write `intervention.safetensors` and `intervention.json`, each atomically."""
-        directory.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors().items()}
         with atomic(directory / "intervention.safetensors") as temporary:
             safetensors.torch.save_file(tensors, temporary)
-        description = {
-            "kind": self.kind,
-            "model": self.model,
-            "change": asdict(self.change),
-            "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
-        }
-        write_json(directory / "intervention.json", description)
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        write_json(directory / "intervention.json", self.describe() | {"shapes": shapes})
 
     @classmethod
-    def from_saved(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        """The intervention that `save` described."""
+    def from_saved(
+        cls,
+        description: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        kinds: "Mapping[str, type[Intervention]]",
+    ) -> Self:
+        """The intervention that `save` described; `kinds` are those that it may be made of."""
         fields: dict[str, Any] = dict(tensors)
         return cls(change=Change(**description["change"]), model=description["model"], **fields)
 
@@ -102,7 +154,7 @@ class Unchanged(Intervention):
         """None."""
         return {}
 
-    def applied(self, handle: ModelHandle) -> AbstractContextManager[None]:
+    def changing(self, handle: ModelHandle) -> AbstractContextManager[None]:
         """Change nothing."""
         return nullcontext()
 
@@ -120,11 +172,11 @@ def load(directory: Path, kinds: Sequence[type[Intervention]]) -> Intervention:
     try:
         description = json.loads((directory / "intervention.json").read_text(encoding="utf-8"))
         tensors = safetensors.torch.load_file(directory / "intervention.safetensors")
-        kind = {kind.kind: kind for kind in kinds}[description["kind"]]
+        by_name = {kind.kind: kind for kind in kinds}
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
         if shapes != description["shapes"]:
             raise ValueError(f"tensors of shapes {shapes}, described as {description['shapes']}")
-        return kind.from_saved(description, tensors)
+        return by_name[description["kind"]].from_saved(description, tensors, by_name)
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise RequestError(
             f"expected a saved intervention (intervention.json and intervention.safetensors) in "

@@ -62,6 +62,11 @@ class Leace:
         check_choice("intervene.fit_on", self.fit_on, FitOn)
 
     @property
+    def scope(self) -> str:
+        """It is fitted on the facts of a relation, not on single ones."""
+        return "relation"
+
+    @property
     def imitates(self) -> "Leace | None":
         """For the shuffled control, LEACE with the true labels."""
         return replace(self, shuffled=False) if self.shuffled else None
@@ -70,7 +75,8 @@ class Leace:
         """Fit the eraser on the facts' true objects.
 
         Raises:
-            RequestError: several relations, fewer than two classes, or too many for the width.
+            RequestError: several relations, fewer than two classes, too many for the width, or a
+                tolerance that leaves some of the concept.
         """
         site = Site(site.layer, self.part)  # type: ignore[arg-type]
         sample = (*facts.target, *facts.fit) if self.fit_on == "target+fit" else facts.fit
@@ -83,9 +89,9 @@ class Leace:
         erased = states - ((states - bias) @ right.T) @ left.T
         residual = relative_cross_covariance(states, erased, labels)
         if not residual < RESIDUAL_LIMIT:
-            raise RuntimeError(
-                f"LEACE left a relative cross-covariance of {residual:.1e} on its fit sample; "
-                f"expected below {RESIDUAL_LIMIT:.0e} (lower intervene.svd_tol)"
+            raise RequestError(
+                f"expected LEACE to leave a relative cross-covariance below {RESIDUAL_LIMIT:.0e} "
+                f"on its fit sample, found {residual:.1e}; lower intervene.svd_tol"
             )
         return Erasure(
             change=Change("relation", False, site.layer, site.part, self.policy),  # type: ignore[arg-type]
@@ -106,7 +112,7 @@ class Leace:
             return {"states": features(model, rows, [site], [self.position])[0, 0]}  # type: ignore[list-item]
 
         key = {
-            "model": model.fingerprint,
+            "model": model.state,
             "prefix": model.prefix,
             "site": [site.layer, site.part],
             "position": self.position,

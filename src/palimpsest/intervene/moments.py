@@ -1,7 +1,7 @@
 """Second moments C = E[k kᵀ] of the inputs of W_out, for many layers in one pass over a text."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ from palimpsest.errors import RequestError, check_at_least
 from palimpsest.files import cached_tensors, reading, sha256_file
 from palimpsest.model.forward import run_to
 from palimpsest.model.handle import ModelHandle
+from palimpsest.model.memory import within_memory
 from palimpsest.model.sample import sample, start_ids
 from palimpsest.model.site import Site
 from palimpsest.model.tokens import Tokens, collate
@@ -21,9 +22,23 @@ from palimpsest.model.tokens import Tokens, collate
 class MomentSource(Protocol):
     """Where second moments come from."""
 
-    def matrix(self, model: ModelHandle, layer: int) -> Tensor:
-        """C of one layer, `[d_mlp, d_mlp]` float64, uncentred."""
+    def several(self, model: ModelHandle, layers: Sequence[int]) -> dict[int, "Second"]:
+        """Second moments of layers, by layer."""
         ...
+
+
+@dataclass(frozen=True)
+class Second:
+    """The second moments of one layer.
+
+    Attributes:
+        matrix: C `[d_mlp, d_mlp]` float64, uncentred.
+        half: the same over the first half of the text, to see whether there is enough of it; None
+            of a text that cannot be halved.
+    """
+
+    matrix: Tensor
+    half: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -60,29 +75,44 @@ class Moments:
         if self.tokens is not None:
             check_at_least("intervene.moments.tokens", self.tokens, 1)
 
-    def matrix(self, model: ModelHandle, layer: int) -> Tensor:
-        """C of one layer, from the cache or computed together with `layers` in one pass.
+    def several(self, model: ModelHandle, layers: Sequence[int]) -> dict[int, Second]:
+        """Second moments from the cache, or computed together with `self.layers` in one pass.
 
         Raises:
-            RequestError: the text cannot be read or is too short.
+            RequestError: no such layer; the text cannot be read or is too short.
         """
-        asked = dict.fromkeys([layer, *self.layers])
+        asked = dict.fromkeys([*layers, *self.layers])
         for each in asked:
             model.check_layer(each, "intervene.moments.layers")
-        computed: dict[int, Tensor] = {}
+        computed: dict[int, dict[str, Tensor]] = {}
 
         def compute(wanted: int) -> dict[str, Tensor]:
             if wanted not in computed:
-                layers = sorted(asked.keys() - computed.keys())
-                computed.update(second_moments(model, layers, self.rows(model), self.sink))
-            return {"matrix": computed[wanted]}
+                computed.update(self._compute(model, sorted(asked.keys() - found.keys())))
+            return computed[wanted]
 
+        found: dict[int, Second] = {}
         for each in asked:
             key = {**self._key(model), "layer": each}
-            found = cached_tensors("moments", key, lambda each=each: compute(each))  # type: ignore[misc]
-            if each == layer:
-                matrix = found["matrix"]
-        return matrix
+            tensors = cached_tensors("moments", key, lambda each=each: compute(each))  # type: ignore[misc]
+            found[each] = Second(**tensors)
+        return {layer: found[layer] for layer in layers}
+
+    def _compute(self, model: ModelHandle, layers: list[int]) -> dict[int, dict[str, Tensor]]:
+        """`matrix` and `half` by layer."""
+        rows = self.rows(model)
+        some = len(rows) // 2
+        if not some:
+            whole = second_moments(model, layers, rows, self.sink)
+            return {layer: {"matrix": matrix} for layer, matrix in whole.items()}
+        half, rest = (
+            second_moments(model, layers, r, self.sink) for r in (rows[:some], rows[some:])
+        )
+        share = some / len(rows)
+        return {
+            layer: {"matrix": share * half[layer] + (1 - share) * rest[layer], "half": half[layer]}
+            for layer in layers
+        }
 
     def rows(self, model: ModelHandle) -> Tensor:
         """Token ids `[rows, length]` of the text, each row opened by the model's prefix."""
@@ -120,7 +150,8 @@ class Moments:
 
     def _key(self, model: ModelHandle) -> dict[str, Any]:
         return {
-            "model": model.fingerprint,
+            "version": 2,
+            "model": model.state,
             "prefix": model.prefix,
             "text": None if self.text is None else sha256_file(existing(Path(self.text))),
             "tokens": self.tokens,
@@ -140,11 +171,12 @@ class GivenMoments:
 
     given: Mapping[int, Tensor] = field(default_factory=dict)
 
-    def matrix(self, model: ModelHandle, layer: int) -> Tensor:
-        """The given matrix in float64."""
-        return self.given[layer].double()
+    def several(self, model: ModelHandle, layers: Sequence[int]) -> dict[int, Second]:
+        """The given matrices in float64."""
+        return {layer: Second(self.given[layer].double()) for layer in layers}
 
 
+@within_memory
 @torch.no_grad()
 def second_moments(
     model: ModelHandle, layers: list[int], ids: Tensor, sink: bool

@@ -1,44 +1,64 @@
-"""v*: the output that W_out should give at a subject's last token (ROME, section 3.1, equation 4).
+"""v* and z: what a layer should write at a subject's last token.
 
-Many facts are optimised in one batch. Their losses are summed, each depends on its own δ alone, and
-Adam works element by element, so every fact goes the way it would go by itself.
+For ROME, v* is an output of W_out (section 3.1, equation 4); for MEMIT and its descendants, z is a
+state of the residual stream. Many facts are optimised in one batch. Their losses are summed, each
+depends on its own δ alone, and Adam works element by element, so every fact goes the way it would
+go by itself.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from palimpsest.errors import check_at_least
+from palimpsest.errors import RequestError, check_at_least
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.files import cached_tensors
 from palimpsest.intervene.prefixes import in_contexts
-from palimpsest.model.forward import keys, logits
+from palimpsest.model.corruption import corrupted, draw, spread
+from palimpsest.model.forward import features, greedy, keys, logits
 from palimpsest.model.handle import ModelHandle
+from palimpsest.model.memory import within_memory
 from palimpsest.model.partial import Resume
-from palimpsest.model.site import Site
+from palimpsest.model.site import Site, check_choice
 from palimpsest.model.tokens import Tokens, collate
+
+Objective = Literal["inject", "erase", "amplify", "force", "trace_reversal"]
 
 
 @dataclass(frozen=True)
 class Values:
-    """What v* optimisation found, for F facts at one layer.
+    """What the optimisation found, for F facts at one site.
 
     Attributes:
-        start: v₀ `[F, d_model]`, the output of W_out at the subject in the bare prompt.
-        delta: δ `[F, d_model]`; v* = v₀ + δ.
-        loss: `[F]` the loss at the last evaluation (nats).
+        start: v₀ `[F, d_model]`, the site's output at the subject in the bare prompt.
+        delta: δ `[F, d_model]`; v* = v₀ + δ. Zero where the search failed.
+        loss: `[F]` the loss at the last evaluation (nats); not a number where the search failed.
     """
 
     start: Tensor
     delta: Tensor
     loss: Tensor
 
+    @property
+    def failed(self) -> list[int]:
+        """Facts whose search came to no finite loss."""
+        return [i for i, loss in enumerate(self.loss.tolist()) if not math.isfinite(loss)]
+
 
 @dataclass(frozen=True)
 class ValueSearch:
-    """Hyper-parameters of the search for v*.
+    """Hyper-parameters of the search.
+
+    Objectives (Hase et al. 2023, arXiv 2301.04213, section 5, name all but the first otherwise
+    than as a new object): `inject` raises the new object's probability; `erase` lowers the true
+    object's, the loss being that probability; `amplify` raises the true object's, `force` does so
+    while the subject's embeddings are noised; `trace_reversal` raises that of what the model says
+    of a noised subject.
 
     Attributes:
         steps: evaluations of the loss; there is one Adam step fewer.
@@ -47,6 +67,9 @@ class ValueSearch:
         weight_decay: weight of ‖δ‖ / ‖v₀‖².
         clamp: δ is projected to ‖δ‖ ≤ clamp · ‖v₀‖ after each step.
         stop_below: a fact whose loss falls below this (nats) is left as it is.
+        objective: what is written.
+        noise: standard deviation of the noise, in those of the input embeddings.
+        seed: of the noise.
     """
 
     steps: int = 20
@@ -55,46 +78,69 @@ class ValueSearch:
     weight_decay: float = 0.5
     clamp: float = 4.0
     stop_below: float = 0.05
+    objective: str = "inject"
+    noise: float = 3.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the number of steps.
+        """Check the number of steps, the objective and the noise.
 
         Raises:
-            RequestError: none.
+            RequestError: no step, an unknown objective, or no noise.
         """
         check_at_least("intervene.search.steps", self.steps, 1)
+        check_choice("intervene.search.objective", self.objective, Objective)
+        if not self.noise > 0:
+            raise RequestError(
+                f"expected noise above 0, found intervene.search.noise={self.noise}; 3 is usual"
+            )
+
+    def check(self, fact: Fact) -> None:
+        """Refuse a fact that the objective cannot be pursued on.
+
+        Raises:
+            RequestError: no new object though one is to be written, or a fit prompt without its
+                subject.
+        """
+        lacking = self.objective == "inject" and not fact.new
+        if lacking or fact.prompt.span is None:
+            missing = "new object" if lacking else "subject in its prompt"
+            raise RequestError(
+                "expected a new object and a subject in the prompt of every target fact, found "
+                f"fact {fact.id} without a {missing}; mend the facts file"
+            )
 
     def find(
-        self, model: ModelHandle, facts: Sequence[Fact], layer: int, contexts: tuple[str, ...]
+        self, model: ModelHandle, facts: Sequence[Fact], site: Site, contexts: tuple[str, ...]
     ) -> Values:
-        """v* of each fact's new object, from the cache or optimised.
+        """v* of each fact, from the cache or optimised.
 
         Args:
-            model: the unchanged model.
-            facts: facts with a new object and a subject in the fit prompt.
-            layer: whose W_out.
+            model: the model as it stands, changed perhaps.
+            facts: facts that `check` passes.
+            site: `mlp` for an output of W_out, `residual` for a block's.
             contexts: put before the prompts, besides the bare prompt.
         """
         key = {
-            "version": 1,
+            "version": 3,
             "search": asdict(self),
-            "model": model.fingerprint,
+            "model": model.state,
             "prefix": model.prefix,
             "batch_size": model.batch_size,
-            "layer": layer,
+            "site": [site.layer, site.part],
             "contexts": list(contexts),
-            "facts": [[f.prompt.text, f.prompt.span, f.subject, f.new] for f in facts],
+            "facts": [[f.prompt.text, f.prompt.span, f.subject, f.true, f.new] for f in facts],
         }
-        found = cached_tensors("values", key, lambda: self.optimise(model, facts, layer, contexts))
-        return Values(**found)
+        search = within_memory(lambda model: self.optimise(model, facts, site, contexts))
+        return Values(**cached_tensors("values", key, lambda: search(model)))
 
     def optimise(
-        self, model: ModelHandle, facts: Sequence[Fact], layer: int, contexts: tuple[str, ...]
+        self, model: ModelHandle, facts: Sequence[Fact], site: Site, contexts: tuple[str, ...]
     ) -> dict[str, Tensor]:
         """`find` without the cache: `start`, `delta` and `loss` by name."""
         bare = [model.encode(fact.prompt, owner=i) for i, fact in enumerate(facts)]
-        start = keys(model, bare, layer)[1].float()
-        parts = [*_targets(model, facts, layer, contexts), *_essences(model, facts, layer)]
+        start = _outputs(model, bare, site)
+        parts = self._parts(model, facts, bare, site, contexts)
         delta = torch.zeros_like(start, requires_grad=True)
         adam = torch.optim.Adam([delta], lr=self.lr)
         limit = self.clamp * start.norm(dim=1, keepdim=True)
@@ -109,7 +155,32 @@ class ValueSearch:
             with torch.no_grad():
                 shrink = (limit / delta.norm(dim=1, keepdim=True)).clamp(max=1.0)
                 delta.copy_(torch.where(going[:, None], delta * shrink, before))
-        return {"start": start.cpu(), "delta": delta.detach().cpu(), "loss": loss.cpu()}
+        found = torch.where(loss.isfinite()[:, None], delta.detach(), 0.0)
+        return {"start": start.cpu(), "delta": found.cpu(), "loss": loss.cpu()}
+
+    def _parts(
+        self,
+        model: ModelHandle,
+        facts: Sequence[Fact],
+        bare: Sequence[Tokens],
+        site: Site,
+        contexts: tuple[str, ...],
+    ) -> list["_Part"]:
+        """What the loss is made of: the objective's prompts, and the subjects' essence."""
+        wanted: Sequence[str | tuple[int, ...]]
+        wanted = [(f.new or "") if self.objective == "inject" else f.true for f in facts]
+        if self.objective == "trace_reversal":
+            with self._noised(model, bare):
+                wanted = _said(model, bare, facts)
+        forced = self.objective == "force"
+        with self._noised(model, bare) if forced else nullcontext():
+            kind = _Lowered if self.objective == "erase" else _Raised
+            targets = list(_targets(kind, model, facts, wanted, site, contexts))
+        return [*targets, *_essences(model, facts, site)]
+
+    def _noised(self, model: ModelHandle, bare: Sequence[Tokens]) -> AbstractContextManager[None]:
+        scale = self.noise * spread(model)
+        return corrupted(model, draw(model, bare, scale, self.seed))
 
     def _loss(
         self, model: ModelHandle, parts: Sequence["_Part"], delta: Tensor, start: Tensor
@@ -128,21 +199,19 @@ class ValueSearch:
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows whose subjects end at one token, resumed at the edited layer from there on.
+    """Rows resumed at the edited layer, each from its subject's last token on.
 
     Attributes:
         resume: the resumed pass.
-        layer: the edited layer.
+        site: where δ is added.
         row: `[m]` the row of each place that is read.
         column: `[m]` its column.
-        owner: `[m]` its fact.
     """
 
     resume: Resume
-    layer: int
+    site: Site
     row: Tensor
     column: Tensor
-    owner: Tensor
 
     def logprobs(self, model: ModelHandle, delta: Tensor) -> Tensor:
         """Log-probabilities `[m, vocabulary]` at the places, δ added at the subjects."""
@@ -151,7 +220,7 @@ class _Part:
             first = value[:, :1] + delta[self.resume.batch.owner].unsqueeze(1).to(value)
             return torch.cat([first, value[:, 1:]], 1)
 
-        with model.hooked([(model.module(Site(self.layer, "mlp")), add)]):
+        with model.hooked([(model.module(self.site), add)]):
             states = self.resume.run(model)
         return torch.log_softmax(logits(model, states[self.row, self.column]), -1)
 
@@ -160,21 +229,41 @@ class _Part:
 
 
 @dataclass(frozen=True)
-class _Target(_Part):
-    """−log p of the new object, averaged over its tokens and over the fact's prompts.
+class _Raised(_Part):
+    """−log p of a fact's wanted object, averaged over its tokens and over the fact's prompts.
 
     Attributes:
         token: `[m]` the tokens to be predicted.
-        weight: `[m]` one over (tokens of the object × prompts of the fact).
+        length: `[n]` the tokens of each row's object.
+        count: prompts a fact.
     """
 
     token: Tensor
-    weight: Tensor
+    length: Tensor
+    count: int
 
     def loss(self, model: ModelHandle, delta: Tensor) -> Tensor:
         """`[F]` nats."""
-        nll = -self.logprobs(model, delta).gather(1, self.token[:, None])[:, 0]
-        return torch.zeros_like(delta[:, 0]).index_add(0, self.owner, self.weight * nll)
+        return self._mean(-self._logprob(model, delta) / self.length, delta)
+
+    def _logprob(self, model: ModelHandle, delta: Tensor) -> Tensor:
+        """Log-probability of each row's object as a whole, `[n]`."""
+        found = self.logprobs(model, delta).gather(1, self.token[:, None])[:, 0]
+        return torch.zeros_like(self.length, dtype=found.dtype).index_add(0, self.row, found)
+
+    def _mean(self, by_row: Tensor, delta: Tensor) -> Tensor:
+        """These rows' share of the mean over each fact's prompts, `[F]`."""
+        empty = torch.zeros_like(delta[:, 0])
+        return empty.index_add(0, self.resume.batch.owner, by_row / self.count)
+
+
+@dataclass(frozen=True)
+class _Lowered(_Raised):
+    """p of a fact's object as a whole string, averaged over the fact's prompts."""
+
+    def loss(self, model: ModelHandle, delta: Tensor) -> Tensor:
+        """`[F]`, between 0 and 1."""
+        return self._mean(self._logprob(model, delta).exp(), delta)
 
 
 @dataclass(frozen=True)
@@ -191,40 +280,72 @@ class _Essence(_Part):
         """`[F]` nats."""
         new = self.logprobs(model, delta)
         divergence = (new.exp() * (new - self.reference)).sum(-1)
-        return torch.zeros_like(delta[:, 0]).index_add(0, self.owner, divergence)
+        return torch.zeros_like(delta[:, 0]).index_add(0, self.resume.batch.owner, divergence)
+
+
+def _outputs(model: ModelHandle, bare: Sequence[Tokens], site: Site) -> Tensor:
+    """The site's output at each subject's last token, `[F, d_model]` float32."""
+    if site.part == "mlp":
+        return keys(model, bare, site.layer)[1].float()
+    return features(model, bare, [site], ["last_subject"])[0, 0].float().to(model.device)
+
+
+def _said(
+    model: ModelHandle, bare: Sequence[Tokens], facts: Sequence[Fact]
+) -> list[tuple[int, ...]]:
+    """What the model says of each fact, in as many tokens as its true object has."""
+    objects = [model.encode(fact.prompt, fact.true) for fact in facts]
+    lengths = [len(row.ids) - row.prompt for row in objects]
+    said = greedy(model, bare, max(lengths))
+    return [ids[:n] for ids, n in zip(said, lengths, strict=True)]
+
+
+def _followed(
+    model: ModelHandle, prompt: Prompt, wanted: str | tuple[int, ...], owner: int
+) -> Tokens:
+    """A prompt and an object, given as text or as the very tokens that the model said."""
+    if isinstance(wanted, str):
+        return model.encode(prompt, wanted, owner)
+    row = model.encode(prompt, owner=owner)
+    return replace(row, ids=(*row.ids, *wanted))
 
 
 def _targets(
-    model: ModelHandle, facts: Sequence[Fact], layer: int, contexts: tuple[str, ...]
-) -> Iterator[_Target]:
+    kind: type[_Raised],
+    model: ModelHandle,
+    facts: Sequence[Fact],
+    wanted: Sequence[str | tuple[int, ...]],
+    site: Site,
+    contexts: tuple[str, ...],
+) -> Iterator[_Raised]:
     rows = [
-        model.encode(prompt, fact.new or "", owner)
+        _followed(model, prompt, wanted[owner], owner)
         for owner, fact in enumerate(facts)
         for prompt in in_contexts(fact, contexts)
     ]
-    for group, resume in _resumed(model, rows, layer):
+    for group, resume in _resumed(model, rows, site.layer):
         reads = [
-            (n, at - 1 - row.at("last_subject"), row.owner, row.ids[at], len(row.ids) - row.prompt)
+            (n, at - 1 - row.at("last_subject"), row.ids[at])
             for n, row in enumerate(group)
             for at in range(row.prompt, len(row.ids))
         ]
-        row, column, owner, token, length = torch.tensor(reads, device=model.device).T
-        weight = 1.0 / (length * (len(contexts) + 1))
-        yield _Target(resume, layer, row, column, owner, token, weight)
+        row, column, token = torch.tensor(reads, device=model.device).T
+        length = torch.tensor([len(r.ids) - r.prompt for r in group], device=model.device)
+        yield kind(resume, site, row, column, token, length, len(contexts) + 1)
 
 
-def _essences(model: ModelHandle, facts: Sequence[Fact], layer: int) -> Iterator[_Essence]:
+def _essences(model: ModelHandle, facts: Sequence[Fact], site: Site) -> Iterator[_Essence]:
     rows = [
         model.encode(Prompt.fill("essence", "{} is a", fact.subject), owner=owner)
         for owner, fact in enumerate(facts)
     ]
-    for group, resume in _resumed(model, rows, layer):
+    for group, resume in _resumed(model, rows, site.layer):
         row = torch.arange(len(group), device=model.device)
         column = torch.zeros_like(row)
         with torch.no_grad():
             states = resume.run(model)
             reference = torch.log_softmax(logits(model, states[row, column]), -1)
-        yield _Essence(resume, layer, row, column, resume.batch.owner, reference)
+        yield _Essence(resume, site, row, column, reference)
 
 
 def _resumed(

@@ -14,29 +14,36 @@ class Fixed:
     Attributes:
         layer: counted from 0; None: by `depth`.
         depth: `early` or `late`.
-        depths: by part and depth, the layer for the chosen model (from the model's yaml).
+        depths: by place and depth, the layer for the chosen model (from the model's yaml). A place
+            is a part of a block, or `span`: the last of several layers that are changed together.
     """
 
     layer: int | None = None
     depth: str = "early"
     depths: dict[str, dict[str, int]] = field(default_factory=dict)
 
-    def site(self, model: ModelHandle, part: str) -> Site:
+    def site(self, model: ModelHandle, part: str, place: str | None = None) -> Site:
         """The site for a method that changes `part`.
+
+        Args:
+            model: the model.
+            part: of a block.
+            place: the row of `depths`; None for the part's own.
 
         Raises:
             RequestError: out of range, or no layer is known for this model.
         """
         check_choice("part", part, Part)
-        return Site(model.check_layer(self._layer(model, part)), part)  # type: ignore[arg-type]
+        layer = self._layer(model, place or part)
+        return Site(model.check_layer(layer), part)  # type: ignore[arg-type]
 
-    def _layer(self, model: ModelHandle, part: str) -> int:
+    def _layer(self, model: ModelHandle, place: str) -> int:
         if self.layer is not None:
             return self.layer
-        known = self.depths.get(part, {})
+        known = self.depths.get(place, {})
         if not known:
             raise RequestError(
-                f"expected a layer for {part} of {model.name}, found none in its yaml; "
+                f"expected a layer for {place} of {model.name}, found none in its yaml; "
                 f"set locate.layer (0 to {model.n_layers - 1})"
             )
         if self.depth not in known:

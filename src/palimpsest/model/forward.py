@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from palimpsest.model.handle import ModelHandle
+from palimpsest.model.memory import within_memory
 from palimpsest.model.site import EMBEDDING, Position, Site
 from palimpsest.model.tokens import Batch, Tokens, batches, collate
 
@@ -57,6 +58,7 @@ def run_to(handle: ModelHandle, batch: Batch, layer: int) -> None:
             return
 
 
+@within_memory
 @torch.no_grad()
 def features(
     handle: ModelHandle,
@@ -102,6 +104,7 @@ def capturing(handle: ModelHandle, sites: Sequence[Site]) -> Iterator[dict[Site,
         yield states
 
 
+@within_memory
 @torch.no_grad()
 def keys(handle: ModelHandle, rows: Sequence[Tokens], layer: int) -> tuple[Tensor, Tensor]:
     """Inputs and outputs of W_out at each row's last subject token.
@@ -153,6 +156,7 @@ class Score:
         return self.logprob / self.tokens
 
 
+@within_memory
 def score(handle: ModelHandle, rows: Sequence[Tokens]) -> list[Score]:
     """Score the completions that rows carry (the tokens from `row.prompt` on).
 
@@ -219,6 +223,7 @@ def _read(
             yield i, value, hit
 
 
+@within_memory
 @torch.no_grad()
 def next_token_logprobs(handle: ModelHandle, rows: Sequence[Tokens]) -> Tensor:
     """Log-probabilities `[len(rows), vocabulary]` (float32, CPU) of the token after each row."""

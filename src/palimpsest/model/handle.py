@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from palimpsest.errors import RequestError
+from palimpsest.files import fingerprint
 from palimpsest.model import offload
 from palimpsest.model.architecture import architecture_of, part
 from palimpsest.model.site import Site
@@ -44,7 +45,12 @@ class ModelHandle:
         prefix: text put before every prompt (a newline nearly doubles what SmolLM2 recalls).
         blocks: the transformer blocks, in order.
         batch_size: rows in one forward pass.
+        architecture: where the parts of the model are.
+        decoder: what holds the blocks.
+        final_norm: from the last block's output to the head's input.
+        width: d, the size of the residual stream.
         running: the batch of the forward pass under way; what hooks read owners and positions from.
+        changes: digests of the changes that the model carries now, in the order of application.
     """
 
     def __init__(
@@ -66,6 +72,7 @@ class ModelHandle:
         self.prefix = prefix
         self.batch_size = batch_size
         self.running: Batch | None = None
+        self.changes: list[str] = []
         self.architecture = architecture_of(model, model.config.model_type)
         self.decoder = part(model, self.architecture.decoder)
         self.blocks = list(part(self.decoder, self.architecture.blocks).children())
@@ -129,6 +136,13 @@ class ModelHandle:
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
         return digest.hexdigest()
+
+    @property
+    def state(self) -> str:
+        """What the model computes now: its fingerprint, or a digest of that and its changes."""
+        if not self.changes:
+            return self.fingerprint
+        return fingerprint([self.fingerprint, *self.changes])
 
     def check_layer(self, layer: int, setting: str = "locate.layer") -> int:
         """`layer` itself, if the model has it.

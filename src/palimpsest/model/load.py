@@ -1,21 +1,25 @@
 """Loading: a named model, a local directory or a hub id becomes a ModelHandle."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from palimpsest.errors import RequestError, check_at_least
 from palimpsest.model.fetch import fetch
 from palimpsest.model.handle import ModelHandle
+from palimpsest.model.memory import default_rows
 from palimpsest.model.site import check_choice
 
 Precision = Literal["float32", "bfloat16", "float16"]
+"""The data types of weights, by torch's names."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,13 @@ class Pretrained:
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ...
         device_map: in place of `device`, a plan of accelerate's such as `auto`: weights that do not
             fit the GPU lie in CPU memory or on disk and are fetched when they are needed.
-        batch_size: rows in one forward pass.
+        batch_size: rows in one forward pass; None: 64 on a CPU, 512 on a GPU. Halved where memory
+            runs out.
+        compile: compile the blocks with torch.compile; of use on GPUs.
         revision: the hub's branch, tag or commit.
         trust_remote_code: run code that the model's repository brings; never unless asked for.
         depths: by part of a block, the layers that `early` and `late` stand for.
+        editors: hyper-parameters of editors that depend on the model, for the methods' yamls.
     """
 
     name: str = "smollm2"
@@ -42,10 +49,12 @@ class Pretrained:
     dtype: str = "float32"
     device: str = "auto"
     device_map: str | None = None
-    batch_size: int = 64
+    batch_size: int | None = None
+    compile: bool = False
     revision: str | None = None
     trust_remote_code: bool = False
     depths: dict[str, dict[str, int]] = field(default_factory=dict)
+    editors: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check the choices.
@@ -54,7 +63,8 @@ class Pretrained:
             RequestError: unknown dtype, an empty batch, or a device beside a device map.
         """
         check_choice("model.dtype", self.dtype, Precision)
-        check_at_least("model.batch_size", self.batch_size, 1)
+        if self.batch_size is not None:
+            check_at_least("model.batch_size", self.batch_size, 1)
         if self.device_map is not None and self.device != "auto":
             raise RequestError(
                 f"expected model.device or model.device_map, found both ({self.device!r} and "
@@ -91,7 +101,11 @@ class Pretrained:
         if not tokenizer("a", add_special_tokens=False)["input_ids"]:
             raise RequestError(self._cannot_load(source, "a tokenizer without a vocabulary"))
         name = self.name if self.path is None else Path(self.path).name
-        return ModelHandle(model, tokenizer, name, self.prefix, self.batch_size)
+        rows = self.batch_size or default_rows(model.device)
+        handle = ModelHandle(model, tokenizer, name, self.prefix, rows)
+        if self.compile:
+            compile_blocks(handle)
+        return handle
 
     def _device(self) -> torch.device:
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -119,3 +133,27 @@ class Pretrained:
             f"({cause}); {placed}set model.path to a directory written by save_pretrained, or "
             "check the id and the network"
         )
+
+
+def compile_blocks(handle: ModelHandle) -> None:
+    """Compile every block's forward method.
+
+    Compiled code does not see hooks that come later, so a block that carries one inside runs as it
+    is; hooks on the block itself are outside of what is compiled. The blocks share their code, each
+    is compiled with and without gradients, and torch's limit on that is raised to fit.
+    """
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 8 * handle.n_layers)
+    for block in handle.blocks:
+        block.forward = _unless_hooked(block)
+
+
+def _unless_hooked(block: nn.Module) -> Callable[..., Any]:
+    plain, inner = block.forward, [m for m in block.modules() if m is not block]
+    compiled = torch.compile(plain, dynamic=True)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in inner)
+        return (plain if hooked else compiled)(*args, **kwargs)
+
+    return forward

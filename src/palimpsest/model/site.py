@@ -1,6 +1,7 @@
 """Where something is read or changed: a layer, a part of the block, a position policy."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from palimpsest.errors import RequestError, nearest
@@ -23,7 +24,12 @@ EMBEDDING = -1
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A place in the network: the output of `part` in block `layer` (counted from 0)."""
+    """A place in the network: the output of a part of a block, `[n, t, d]` in a forward pass.
+
+    Attributes:
+        layer: the block, counted from 0; `EMBEDDING` for what goes into the first one.
+        part: `residual` (the block's output), `mlp` or `attention`.
+    """
 
     layer: int
     part: Part = "residual"
@@ -39,6 +45,8 @@ class Change:
         layer: the first block whose output differs; None if nothing is changed.
         part: where in that block.
         policy: the tokens that the change acts on.
+        failed: by fact id, why the method could not change that fact: nothing was done for it, and
+            what is measured of it is null.
     """
 
     scope: Literal["fact", "relation"]
@@ -46,16 +54,22 @@ class Change:
     layer: int | None
     part: Part = "mlp"
     policy: Policy = "all"
+    failed: Mapping[str, str] = field(default_factory=dict)
 
-    def reaches(self, layer: int, position: Position) -> bool:
+    def reaches(self, layer: int, position: Position, coincide: bool = False) -> bool:
         """Whether the state after block `layer` at `position` can differ from the unchanged one.
 
-        A change on the prompt's last token only cannot reach the subject's last token, which comes
-        before it in every prompt that goes on after its subject.
+        A change on the prompt's last token only cannot reach the subject's last token where that
+        comes before it.
+
+        Args:
+            layer: counted from 0.
+            position: of the token whose state it is.
+            coincide: the subject's last token is the prompt's last token.
         """
         if self.layer is None or layer < self.layer:
             return False
-        return not (self.policy == "last_prompt" and position == "last_subject")
+        return coincide or not (self.policy == "last_prompt" and position == "last_subject")
 
 
 def check_choice(kind: str, value: str, choices: object) -> None:

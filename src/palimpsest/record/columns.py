@@ -9,6 +9,7 @@ from palimpsest.record.row import Axis, Row
 from palimpsest.record.store import Run
 
 Direction = Literal["up", "down"] | None
+"""Which way is better; None where neither is."""
 
 UPSTREAM = "unchanged by construction"
 """In the note of a value read where the change cannot reach."""
@@ -52,9 +53,12 @@ def is_upstream(row: Row) -> bool:
 
 
 def rows_of(
-    metric: str, protocol: str, prompt: str = "", **equal: str
+    metric: str, protocol: str, prompt: str = "", **equal: str | int | None
 ) -> Callable[[Run], list[Row]]:
-    """Select a metric's rows after the last edit, from prompts whose id starts with `prompt`."""
+    """Select a metric's rows from prompts whose id starts with `prompt`.
+
+    Without a `step` among the columns that are to be equal: those after the last edit.
+    """
 
     def select(run: Run) -> list[Row]:
         found = run.select(metric, protocol, budget=None, **equal)

@@ -11,12 +11,16 @@ from numpy.typing import NDArray
 from palimpsest.record.row import Row
 
 Center = Literal["mean", "median"]
+"""What stands for many values."""
+
 Floats = NDArray[np.float64]
 
 CLUSTERS = 10
 """With this many relations, whole relations are resampled; with fewer, facts within relations."""
 
 RESAMPLES = 2000
+"""Bootstrap samples behind an interval."""
+
 _SEED = 20_220_210
 
 

@@ -23,6 +23,7 @@ PACKAGES = (
     "torch",
     "transformers",
     "concept-erasure",
+    "peft",
     "hydra-core",
     "wandb",
     "numpy",

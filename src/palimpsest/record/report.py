@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 import plotly.offline
@@ -14,7 +14,19 @@ from palimpsest.record import figures, tables
 from palimpsest.record.columns import HEADLINE, Column
 from palimpsest.record.intervals import RESAMPLES, Estimate
 from palimpsest.record.labels import differences
+from palimpsest.record.sequences import (
+    FIRST,
+    SHOWN,
+    Course,
+    Measure,
+    Stage,
+    columns,
+    courses,
+    gaps,
+    heading,
+)
 from palimpsest.record.store import load_runs, load_unfinished
+from palimpsest.record.style import styles
 from palimpsest.record.summary import Detail, Summary, details, summarise
 from palimpsest.record.text import DASH, direction_text, interval_text, plain, value_text
 
@@ -41,7 +53,14 @@ CAPTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One number of a table as text."""
+    """One number of a table as text.
+
+    Attributes:
+        value: the number.
+        interval: its bootstrap interval.
+        tip: what a pointer that rests on it is told.
+        marks: the numbers of its footnotes.
+    """
 
     value: str
     interval: str = ""
@@ -51,7 +70,13 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One fact: what it is, why its ranks are missing (if so), what each method made of it."""
+    """One fact, and what each method made of it.
+
+    Attributes:
+        fact: as the first run tells it.
+        unranked: what to say where its ranks are missing.
+        answers: each run, what it tells of the fact, and which object the model then says.
+    """
 
     fact: Mapping[str, Any]
     unranked: str
@@ -60,6 +85,8 @@ class Panel:
 
 def write_report(directory: Path) -> Path:
     """Write report.html, report.csv and report.tex into `directory`.
+
+    Where a run was measured along a sequence of edits, sequence.csv too.
 
     Args:
         directory: a sweep's directory, or one run's.
@@ -75,6 +102,8 @@ def write_report(directory: Path) -> Path:
     summaries = summarise(runs)
     write_text(directory / "report.csv", tables.to_csv(summaries))
     write_text(directory / "report.tex", tables.to_latex(summaries))
+    if shown := courses(summaries):
+        write_text(directory / "sequence.csv", tables.sequences_to_csv(shown))
     page = directory / "report.html"
     write_text(page, render(summaries, load_unfinished(directory), directory.resolve().name))
     return page
@@ -86,15 +115,18 @@ def render(
     """The page as text: every word from a data set or a configuration is escaped."""
     cells, footnotes = _headline(summaries)
     panels = _panels(summaries)
-    charts = _charts(summaries, panels)
+    shown = courses(summaries)
+    charts = _charts(summaries, panels, shown)
     return _template().render(
         title=title,
         about=_about(summaries),
         filters=_distinct(_pairs(_facts(summary.run.run, "counts")) for summary in summaries),
         groups=_groups(),
         headline=list(zip(summaries, cells, strict=True)),
+        failures=[_marks(_failure(summary), footnotes) for summary in summaries],
         columns=HEADLINE,
         footnotes=footnotes,
+        along=_along(shown, summaries),
         captions={name: text for name, text in CAPTIONS.items() if name in charts},
         panels=panels[:MAX_PANELS],
         hidden_panels=max(len(panels) - MAX_PANELS, 0),
@@ -135,21 +167,79 @@ def _headline(summaries: Sequence[Summary]) -> tuple[list[list[Cell]], list[str]
     """Cells by run and column, and the footnotes that they refer to by number."""
     footnotes = list(dict.fromkeys(column.caution for column in HEADLINE if column.caution))
     for summary in summaries:
-        notes = (summary.values[column.key].note for column in HEADLINE)
+        notes = [_footnote(summary, summary.values[column.key]) for column in HEADLINE]
+        notes.append(_failure(summary))
         footnotes += [note for note in dict.fromkeys(notes) if note and note not in footnotes]
-    cells = [[_cell(s.values[c.key], c, footnotes) for c in HEADLINE] for s in summaries]
+    cells = [[_cell(summary, column, footnotes) for column in HEADLINE] for summary in summaries]
     return cells, footnotes
 
 
-def _cell(estimate: Estimate, column: Column, footnotes: list[str]) -> Cell:
-    count = f"n = {estimate.n:,}" if estimate.value is not None else ""
-    parts = (estimate.place, count, estimate.note, column.caution)
+def _failure(summary: Summary) -> str:
+    return f"{summary.label}: {summary.failure}" if summary.failed else ""
+
+
+def _footnote(summary: Summary, estimate: Estimate) -> str:
+    """An estimate's note, or the run's one on failed facts where these are all that is missing."""
+    causes = "; ".join(sorted(set(summary.failed.values())))
+    note = estimate.note or ""
+    failed = summary.failed and (note == causes or note.endswith(f" values missing: {causes}"))
+    return _failure(summary) if failed else note
+
+
+def _marks(note: str, footnotes: Sequence[str]) -> tuple[int, ...]:
+    return (footnotes.index(note) + 1,) if note else ()
+
+
+def _cell(summary: Summary, column: Column, footnotes: Sequence[str]) -> Cell:
+    estimate = summary.values[column.key]
     return Cell(
         value_text(estimate, column.style),
-        re.sub(r"\b0(?=\.)", "", interval_text(estimate, column.style)),
-        "; ".join(part for part in parts if part),
-        tuple(footnotes.index(note) + 1 for note in (estimate.note,) if note),
+        _interval(estimate, column.style),
+        _tip(estimate.place, _count(estimate), estimate.note, column.caution),
+        _marks(_footnote(summary, estimate), footnotes),
     )
+
+
+def _interval(estimate: Estimate, style: Literal["share", "number", "rank"]) -> str:
+    return re.sub(r"\b0(?=\.)", "", interval_text(estimate, style))
+
+
+def _count(estimate: Estimate) -> str:
+    return f"n = {estimate.n:,}" if estimate.value is not None else ""
+
+
+def _tip(*parts: str | None) -> str:
+    return "; ".join(part for part in parts if part)
+
+
+def _along(shown: Sequence[Course], summaries: Sequence[Summary]) -> dict[str, Any] | None:
+    """What the page says of sequences of edits; None if there are none."""
+    if not shown:
+        return None
+    steps = columns(shown)
+    return {
+        "keys": [(course, styles(summaries)[course.summary.label]) for course in shown],
+        "measures": SHOWN,
+        "first": FIRST,
+        "headings": [heading(step, shown) for step in steps],
+        "cells": [_course_cells(course, steps) for course in shown],
+        "notes": [*gaps(shown), *(_failure(c.summary) for c in shown if c.summary.failed)],
+    }
+
+
+def _course_cells(course: Course, steps: Sequence[int | None]) -> list[Cell]:
+    """Cells by measure, then by step; empty where the run has no such step."""
+    stages = [course.at(step) for step in steps]
+    return [
+        _stage_cell(stage, measure) if stage else Cell("") for measure in SHOWN for stage in stages
+    ]
+
+
+def _stage_cell(stage: Stage, measure: Measure) -> Cell:
+    estimate = stage.values[measure.key]
+    tip = _tip(f"after {stage.step:,} edits", _count(estimate), estimate.note)
+    text = value_text(estimate, measure.style)
+    return Cell(text, _interval(estimate, measure.style), tip)
 
 
 def _details(found: Sequence[Detail]) -> list[tuple[Detail, list[Cell]]]:
@@ -161,17 +251,22 @@ def _detail_cell(estimate: Estimate | None) -> Cell:
         return Cell("")
     ends = (estimate.low, estimate.high)
     interval = "" if None in ends else f"{plain(ends[0])}{DASH}{plain(ends[1])}"
-    tip = "; ".join(part for part in (f"n = {estimate.n:,}", estimate.note) if part)
-    return Cell(plain(estimate.value), interval, tip)
+    return Cell(plain(estimate.value), interval, _tip(f"n = {estimate.n:,}", estimate.note))
 
 
-def _charts(summaries: Sequence[Summary], panels: Sequence[Panel]) -> dict[str, Any]:
-    """Figures by name as plain JSON values; a fact's is named `fact-` and its place."""
+def _charts(
+    summaries: Sequence[Summary], panels: Sequence[Panel], shown: Sequence[Course]
+) -> dict[str, Any]:
+    """Figures by name as plain JSON values.
+
+    A fact's is named `fact-` and its place, one along the edits `along-` and its metric.
+    """
     made = {
         "recoverability": figures.recoverability(summaries),
         "trade_off": figures.trade_off(summaries),
         "two_hop": figures.two_hop(summaries),
     }
+    made |= {f"along-{name}": fig for name, fig in figures.along(shown, summaries).items()}
     for place, panel in enumerate(panels[:MAX_PANELS]):
         made[f"fact-{place}"] = figures.ranks(summaries, str(panel.fact["fact_id"]))
     return {name: fig.to_plotly_json() for name, fig in made.items() if fig is not None}

@@ -4,7 +4,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 Axis = Literal["downstream", "recoverability", "consistency", "localization", "cost"]
+"""What a value says something about."""
+
 Scope = Literal["fact", "relation"]
+"""Whether a change means the target facts alone, or all subjects of a relation."""
 
 SCHEMA_VERSION = 1
 """Version of the results schema; part of every run_id."""

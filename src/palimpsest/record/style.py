@@ -36,12 +36,30 @@ _SYMBOLS = (
     "star",
     "cross",
 )
+_GLYPHS = {
+    "circle": "●○",
+    "square": "■□",
+    "diamond": "◆◇",
+    "triangle-up": "▲△",
+    "pentagon": "⬟⬠",
+    "triangle-down": "▼▽",
+    "hexagon": "⬢⬡",
+    "star": "★☆",
+    "cross": "✚✛",
+}
+"""A filled and an open letter like each symbol."""
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
 
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """A method's look: a control takes the colour of the run it imitates, with open markers."""
+    """A method's look: a control takes the colour of the run it imitates, with open markers.
+
+    Attributes:
+        colour: as a hexadecimal RGB triple.
+        symbol: plotly's name of the filled marker.
+        control: whether the method is a control.
+    """
 
     colour: str
     symbol: str
@@ -51,6 +69,11 @@ class Style:
     def marker(self) -> str:
         """Plotly's name of the marker symbol."""
         return f"{self.symbol}-open" if self.control else self.symbol
+
+    @property
+    def glyph(self) -> str:
+        """A letter like the marker, for a legend in words."""
+        return _GLYPHS[self.symbol][self.control]
 
 
 def styles(summaries: Sequence[Summary]) -> dict[str, Style]:

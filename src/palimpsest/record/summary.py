@@ -19,7 +19,8 @@ class Summary:
     Attributes:
         run: the run.
         label: its name among the runs summarised with it; distinct.
-        n_facts: facts that the method was to change.
+        n_facts: facts that the method was to change, those that it failed on included.
+        failed: by fact id, why the method could not change that fact; its values are missing.
         imitates: label (or name) of the run that this control imitates; None if it is no control.
         scopes: what the method changed: `fact`, `relation`.
         oracle_gate: whether the method was told where the subject stands or which prompts matter.
@@ -29,6 +30,7 @@ class Summary:
     run: Run
     label: str
     n_facts: int
+    failed: Mapping[str, str]
     imitates: str | None
     scopes: tuple[str, ...]
     oracle_gate: bool
@@ -38,6 +40,15 @@ class Summary:
     def method(self) -> str:
         """The method's name."""
         return self.run.method
+
+    @property
+    def failure(self) -> str:
+        """How many facts the method failed on, and why; empty if on none."""
+        if not self.failed:
+            return ""
+        causes = "; ".join(dict.fromkeys(self.failed.values()))
+        count = f"{len(self.failed):,} of {self.n_facts:,} facts failed"
+        return f"{count} ({causes}). They are in no value, and n counts the others."
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +99,9 @@ def curve(rows: Sequence[Row]) -> list[Point]:
         if row.layer is not None:
             layers.setdefault(row.layer, []).append(row)
     points = [
-        Point(layer, estimate(found), any(map(is_upstream, found)))
+        Point(
+            layer, estimate(found), all(is_upstream(row) for row in found if row.value is not None)
+        )
         for layer, found in sorted(layers.items())
     ]
     return [point for point in points if point.estimate.value is not None]
@@ -113,6 +126,7 @@ def _summary(run: Run, label: str, named: Sequence[tuple[Run, str]]) -> Summary:
         run=run,
         label=label,
         n_facts=_n_facts(run),
+        failed=_failed(run),
         imitates=_imitated(run, named),
         scopes=tuple(sorted({row.scope for row in run.rows})),
         oracle_gate=any(row.note is not None and "oracle_gate" in row.note for row in run.rows),
@@ -123,6 +137,15 @@ def _summary(run: Run, label: str, named: Sequence[tuple[Run, str]]) -> Summary:
 def _n_facts(run: Run) -> int:
     targets = {row.fact_id for row in run.rows if row.split == "target" and row.fact_id is not None}
     return len(targets) or len(run.facts)
+
+
+def _failed(run: Run) -> dict[str, str]:
+    """The target facts of which nothing downstream has a value, with the cause."""
+    targets = [r for r in run.rows if r.axis == "downstream" and r.split == "target"]
+    rows = [r for r in last_step(targets) if r.fact_id is not None]
+    measured = {r.fact_id for r in rows if r.value is not None}
+    missing = {str(r.fact_id): r.note for r in rows if r.fact_id not in measured}
+    return {fact: note or "no cause given" for fact, note in missing.items()}
 
 
 def _imitated(run: Run, named: Sequence[tuple[Run, str]]) -> str | None:

@@ -1,4 +1,4 @@
-"""The headline table as CSV and as LaTeX."""
+"""The headline table as CSV and as LaTeX, and what holds along sequences of edits as CSV."""
 
 import csv
 import io
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from palimpsest.record.columns import HEADLINE, Column
 from palimpsest.record.row import Axis
+from palimpsest.record.sequences import MEASURES, Course
 from palimpsest.record.summary import Summary
 from palimpsest.record.text import direction_text, interval_text, value_text
 
@@ -29,16 +30,37 @@ _TEX = {
 
 
 def to_csv(summaries: Sequence[Summary]) -> str:
-    """One line per run: identity, then value, low, high and n of each headline number."""
+    """One line per run: identity, then value, low, high and n of each headline number.
+
+    At the end the number of facts that the method failed on.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     parts = [f"{c.key}{end}" for c in HEADLINE for end in ("", "/low", "/high", "/n")]
-    writer.writerow(["label", "method", "run_id", "imitates", "n_facts", *parts])
+    writer.writerow(["label", "method", "run_id", "imitates", "n_facts", *parts, "n_failed"])
     for summary in summaries:
         identity = [summary.label, summary.method, summary.run.run_id, summary.imitates]
         values = [summary.values[column.key] for column in HEADLINE]
         numbers = [part for e in values for part in (e.value, e.low, e.high, e.n)]
-        writer.writerow([*identity, summary.n_facts, *numbers])
+        writer.writerow([*identity, summary.n_facts, *numbers, len(summary.failed)])
+    return text.getvalue()
+
+
+def sequences_to_csv(courses: Sequence[Course]) -> str:
+    """One line per run, number of edits and measure; of `none`, its values on the same facts."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = ["label", "method", "run_id", "step", "metric", "protocol"]
+    writer.writerow([*names, "value", "low", "high", "n", "note"])
+    for course in courses:
+        summary = course.summary
+        for stage in course.stages:
+            for measure in MEASURES:
+                found = stage.values[measure.key]
+                place = [stage.step, measure.metric, measure.protocol]
+                numbers = [found.value, found.low, found.high, found.n, found.note]
+                identity = [summary.label, summary.method, summary.run.run_id]
+                writer.writerow([*identity, *place, *numbers])
     return text.getvalue()
 
 

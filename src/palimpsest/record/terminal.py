@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from palimpsest.record.columns import HEADLINE
+from palimpsest.record.sequences import SHOWN, Course, columns, courses, heading
 from palimpsest.record.store import Run
 from palimpsest.record.summary import Summary, summarise
 from palimpsest.record.text import direction_text, value_text
@@ -27,6 +28,13 @@ def print_summary(runs: Sequence[Run], console: Console) -> None:
         console.print(_legend(axis))
     if any(summary.imitates for summary in summaries):
         console.print(Text("Dimmed: controls.", style="dim"))
+    for summary in summaries:
+        if summary.failed:
+            console.print(Text(f"{summary.label}: {summary.failure}"))
+    shown = courses(summaries)
+    if shown:
+        console.print()
+        console.print(_along(shown))
 
 
 def _table(summaries: Sequence[Summary], gap: int) -> Table:
@@ -37,6 +45,23 @@ def _table(summaries: Sequence[Summary], gap: int) -> Table:
     for summary in summaries:
         numbers = [_brief(value_text(summary.values[c.key], c.style)) for c in HEADLINE]
         table.add_row(Text(summary.label), *numbers, style="dim" if summary.imitates else None)
+    return table
+
+
+def _along(shown: Sequence[Course]) -> Table:
+    """What holds after so many edits, a line for each run and measure."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 2), pad_edge=False, show_edge=False)
+    table.add_column("along the edits", min_width=14, overflow="fold")
+    table.add_column("after edits")
+    for step in columns(shown):
+        table.add_column(heading(step, shown), justify="right", no_wrap=True)
+    for course in shown:
+        style = "dim" if course.summary.imitates else None
+        for place, measure in enumerate(SHOWN):
+            stages = [course.at(step) for step in columns(shown)]
+            values = [value_text(s.values[measure.key], measure.style) if s else "" for s in stages]
+            name = Text(course.summary.label if place == 0 else "")
+            table.add_row(name, measure.title, *map(_brief, values), style=style)
     return table
 
 

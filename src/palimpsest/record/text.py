@@ -48,6 +48,8 @@ def plain(value: float | None) -> str:
 def _number(value: float, style: Literal["share", "number", "rank"]) -> str:
     if style == "share":
         return f"{value:.2f}"
+    if style == "number" and value >= 1e6:
+        return f"{value:.1e}"
     if style == "number" and value < 100:
         return f"{value:.1f}"
     return f"{value:,.1f}".removesuffix(".0") if value < 100 else f"{value:,.0f}"

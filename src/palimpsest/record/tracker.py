@@ -4,6 +4,7 @@ The only importer of wandb. Tables and figures are made from what the store keep
 lost when there is no tracker.
 """
 
+import logging
 import netrc
 import os
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,10 @@ from typing import Any, Literal, Protocol, cast, get_args
 from urllib.parse import urlsplit
 
 from palimpsest.errors import RequestError, nearest
+from palimpsest.files import writing
+from palimpsest.record.intervals import estimate
 from palimpsest.record.row import Row
+from palimpsest.record.sequences import courses
 from palimpsest.record.store import Run
 from palimpsest.record.summary import Summary, summarise
 
@@ -116,6 +120,19 @@ class Tracker:
     def _started(self, mode: Mode, directory: Path, run: Mapping[str, Any]) -> Iterator[Live]:
         import wandb
 
+        place = directory.resolve() / "wandb"
+        with _unlogged():
+            with writing(place):
+                live = self._init(wandb, mode, place.parent, run)
+            try:
+                yield WandbLive(live, wandb)
+            except BaseException:
+                _give_up(wandb, live)
+                raise
+            with writing(place):
+                live.finish(exit_code=0)
+
+    def _init(self, wandb: Any, mode: Mode, directory: Path, run: Mapping[str, Any]) -> Any:
         live = wandb.init(
             mode=mode,
             project=self.project,
@@ -123,24 +140,19 @@ class Tracker:
             tags=list(self.tags),
             id=run["run_id"],
             name=f"{run['method']} {run['run_id']}",
-            group=directory.resolve().parent.name,
+            group=directory.parent.name,
             job_type=run["method"],
             config=dict(run.get("config") or {}),
-            dir=str(directory.resolve()),
+            dir=str(directory),
             reinit="finish_previous",
             resume="allow",
             settings=_quiet(wandb),
         )
-        place = Path(live.settings.sync_dir).relative_to(directory.resolve())
+        place = Path(live.settings.sync_dir).relative_to(directory)
         self._described = {"mode": mode, "id": live.id, "directory": str(place)}
         live.define_metric(_STEP, hidden=True)
         live.define_metric("*", step_metric=_STEP)
-        try:
-            yield WandbLive(live, wandb)
-        except BaseException:
-            live.finish(exit_code=1)
-            raise
-        live.finish(exit_code=0)
+        return live
 
 
 @dataclass(frozen=True)
@@ -151,9 +163,17 @@ class WandbLive:
     wandb: Any
 
     def log_results(self, run: Run) -> None:
-        """Log means by step, headline numbers, rows, key figures and the intervention's files."""
+        """Log means by step, headline numbers, rows, key figures and the intervention's files.
+
+        Raises:
+            WriteError: there is no room.
+        """
+        with writing(run.path / "wandb"):
+            self._log(run)
+
+    def _log(self, run: Run) -> None:
         [summary] = summarise([run])
-        for step, values in _by_step(run.rows):
+        for step, values in _by_step(summary):
             self.live.log({_STEP: step, **values})
         self.live.log({"rows": self._table(run.rows), **self._figures(summary)})
         self.live.summary.update(_scalars(summary))
@@ -198,6 +218,24 @@ def _quiet(wandb: Any) -> Any:
     )
 
 
+def _give_up(wandb: Any, live: Any) -> None:
+    """Mark a run failed; the error that made it fail is the one to be told."""
+    try:
+        live.finish(exit_code=1)
+    except Exception:
+        wandb.teardown(exit_code=1)
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Print nothing about a log that cannot be written; what else cannot be is told in a line."""
+    before, logging.raiseExceptions = logging.raiseExceptions, False
+    try:
+        yield
+    finally:
+        logging.raiseExceptions = before
+
+
 def _logged_in() -> bool:
     """Whether wandb would find an API key: in the environment, or in the user's netrc file."""
     if os.environ.get("WANDB_API_KEY"):
@@ -214,14 +252,27 @@ def _scalars(summary: Summary) -> dict[str, float]:
     return {key: e.value for key, e in summary.values.items() if e.value is not None}
 
 
-def _by_step(rows: list[Row]) -> list[tuple[int, dict[str, float]]]:
-    """Means of the rows that belong to a step (edits so far, relearning steps), by step."""
-    found: dict[int, dict[str, list[float]]] = {}
-    for row in rows:
-        if row.step is not None and row.value is not None and row.layer is None:
+def _by_step(summary: Summary) -> list[tuple[int, dict[str, float]]]:
+    """Means over facts of what was measured after so many edits or relearning steps, by step.
+
+    Missing values are left out, and so are prompts that were fitted where others were asked too.
+    """
+    groups: dict[tuple[int, str], list[Row]] = {}
+    for row in summary.run.rows:
+        if row.step is not None and row.layer is None and not _in_sample(row):
             name = f"by_step/{row.axis}/{row.metric}/{row.protocol}"
-            found.setdefault(row.step, {}).setdefault(name, []).append(row.value)
-    return [
-        (step, {name: sum(values) / len(values) for name, values in sorted(means.items())})
-        for step, means in sorted(found.items())
-    ]
+            groups.setdefault((row.step, name), []).append(row)
+    found = {place: estimate(rows).value for place, rows in groups.items()}
+    for course in courses([summary]):
+        for stage in course.stages:
+            retained = ((k, v.value) for k, v in stage.values.items() if "/retention/" in k)
+            found |= {(stage.step, f"by_step/{key}"): value for key, value in retained}
+    steps: dict[int, dict[str, float]] = {}
+    for (step, name), value in sorted(found.items()):
+        if value is not None:
+            steps.setdefault(step, {})[name] = value
+    return list(steps.items())
+
+
+def _in_sample(row: Row) -> bool:
+    return row.metric == "suppression" and row.prompt_id == "fit"

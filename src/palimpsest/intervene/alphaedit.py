@@ -1,0 +1,96 @@
+"""AlphaEdit, null-space constrained editing (Fang et al. 2024, arXiv 2410.02355)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from palimpsest.errors import RequestError
+from palimpsest.facts.fact import Fact
+from palimpsest.intervene.composition import Composition
+from palimpsest.intervene.editor import see
+from palimpsest.intervene.solving import ridge
+from palimpsest.intervene.spread import Spread, Written, mean_key
+from palimpsest.model.handle import ModelHandle
+from palimpsest.model.site import Site
+
+
+@dataclass(frozen=True)
+class AlphaEdit(Spread):
+    """MEMIT, its changes projected to where the model's own keys hardly reach.
+
+    `Δ = R Kᵀ P (K_p K_pᵀ P + K Kᵀ P + ridge 1)⁻¹` (equation 14), P the projection to the singular
+    vectors of C whose singular values are below `threshold`, K_p the keys of the edits made before.
+    K_p grows with sequential edits: keys are those in the model that carries the edit.
+
+    Attributes:
+        threshold: absolute, on the singular values of C; the public code has 0.02.
+        ridge: the public code has 10, and 1 for Llama-3 and Qwen.
+    """
+
+    threshold: float = 0.02
+    ridge: float = 10.0
+
+    def penalty(self, edits: int) -> float:
+        """`ridge`."""
+        return self.ridge
+
+    def begin(self, model: ModelHandle, site: Site) -> "_AlphaEdit":
+        """Find the null space of every layer, sample the prefixes.
+
+        Raises:
+            RequestError: too few layers, or no singular value is below the threshold.
+        """
+        layers = self.layers(site)
+        spaces = {
+            layer: [self._null_space(c) for c in (second.matrix, second.half) if c is not None]
+            for layer, second in self.moment_source.several(model, layers).items()
+        }
+        return _AlphaEdit(self, layers, self.contexts(model), {}, spaces)
+
+    def _null_space(self, moments: Tensor) -> Tensor:
+        """Û `[d_mlp, rank]`, P = Û Ûᵀ."""
+        values, vectors = torch.linalg.eigh(moments)
+        inside: Tensor = vectors[:, values < self.threshold]
+        if not inside.shape[1]:
+            raise RequestError(
+                "expected singular values of the second moments below intervene.threshold="
+                f"{self.threshold:g}, found {float(values[0]):.3g} as the smallest; raise it"
+            )
+        return inside
+
+
+@dataclass(frozen=True)
+class _AlphaEdit(Written):
+    """AlphaEdit at work.
+
+    Attributes:
+        spaces: by layer, Û of C, and of C over half of the tokens.
+        before: by layer, the keys of the edits made before, `[e, d_mlp]` each.
+        pending: the last edit's facts, whose keys are read once the model carries it.
+    """
+
+    spaces: Mapping[int, list[Tensor]]
+    before: dict[int, list[Tensor]] = field(default_factory=dict)
+    pending: list[Fact] = field(default_factory=list)
+
+    def edit(self, model: ModelHandle, facts: tuple[Fact, ...], independent: bool) -> Composition:
+        """One change for each fact, or one for all; earlier edits' keys are kept as they are."""
+        for layer in self.layers if self.pending else ():
+            key = mean_key(see(model, self.pending, layer, self.contexts))
+            self.before.setdefault(layer, []).append(key)
+        made = super().edit(model, facts, independent)
+        self.pending[:] = [fact for fact in facts if fact.id not in made.change.failed]
+        return made
+
+    def left(self, layer: int, key: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`(K̃ᵀ P K̃ + ridge 1)⁻¹ K̃ᵀ P`, K̃ the earlier keys and these; the rows of these."""
+        earlier = self.before.get(layer, [])
+        every = torch.cat([*earlier, key[0]]).unsqueeze(0) if earlier else key
+        found = [
+            ridge(every @ space @ space.T, every, self.method.penalty(key.shape[1]))
+            for space in self.spaces[layer]
+        ]
+        mine = [left[:, -key.shape[1] :] for left in found]
+        return mine[0], mine[1] if len(mine) > 1 else None

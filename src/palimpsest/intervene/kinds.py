@@ -1,0 +1,17 @@
+"""Every kind of intervention that a run may have saved."""
+
+from palimpsest.intervene.composition import Composition, History
+from palimpsest.intervene.deltas import WeightDeltas
+from palimpsest.intervene.dense import DenseDeltas
+from palimpsest.intervene.erasers import Erasure
+from palimpsest.intervene.intervention import Intervention, Unchanged
+
+KINDS: tuple[type[Intervention], ...] = (
+    WeightDeltas,
+    DenseDeltas,
+    Erasure,
+    Unchanged,
+    Composition,
+    History,
+)
+"""What `load` is given to read any of them."""

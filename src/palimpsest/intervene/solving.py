@@ -1,0 +1,89 @@
+"""The linear algebra of editors: second moments factored once, then small systems in float64."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from palimpsest.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """C⁻¹, as its Cholesky factor.
+
+    Attributes:
+        factor: lower triangular `[d, d]` float64, C = factor factorᵀ.
+    """
+
+    factor: Tensor
+
+    @classmethod
+    def of(cls, moments: Tensor) -> "Inverse":
+        """Factor C `[d, d]` float64.
+
+        Raises:
+            RequestError: C is singular.
+        """
+        factor: Tensor
+        factor, info = torch.linalg.cholesky_ex(moments)
+        width = moments.shape[0]
+        # Rounding may leave a pivot that should be zero a little above it.
+        pivots = factor.diagonal().square() / moments.diagonal()
+        if int(info) != 0 or not pivots.min() > width * torch.finfo(pivots.dtype).eps:
+            raise RequestError(
+                f"expected second moments of full rank {width}, found a singular matrix; raise "
+                f"intervene.moments.tokens to at least {10 * width} (ten tokens a dimension), or "
+                "take intervene.variant=plain where units are dead on any text"
+            )
+        return cls(factor)
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """C⁻¹ applied to each row of `[n, d]` float64."""
+        return torch.cholesky_solve(rows.T, self.factor).T
+
+
+def unit_response(direction: Tensor, key: Tensor) -> Tensor:
+    """Each direction scaled so that its product with its own key is 1, `[F, d]`."""
+    return direction / (direction * key).sum(1, keepdim=True)
+
+
+def dual(direction: Tensor, key: Tensor) -> Tensor:
+    """Rows L with L K = 1: `(U Kᵀ)⁻¹ U` for directions and keys `[F, d]`.
+
+    Raises:
+        RequestError: the keys are linearly dependent.
+    """
+    gram = direction @ key.T
+    condition = float(torch.linalg.cond(gram))
+    if not condition < 1e12:
+        raise RequestError(
+            "expected facts whose keys are linearly independent, found a condition number of "
+            f"{condition:.1e} over {len(key)} facts; drop facts that share a subject and all that "
+            "comes before it"
+        )
+    solution: Tensor = torch.linalg.solve(gram, direction)
+    return solution
+
+
+def ridge(direction: Tensor, key: Tensor, ridge: float) -> Tensor:
+    """Rows `(U Kᵀ + ridge 1)⁻¹ U` of each group, `[G, n, d]` for directions and keys of that shape.
+
+    With U = K C⁻¹ this is `Kᵀ (ridge C + K Kᵀ)⁻¹` (Woodbury): n × n systems in place of d × d ones.
+    """
+    identity = torch.eye(key.shape[1], dtype=key.dtype, device=key.device)
+    solution: Tensor = torch.linalg.solve(direction @ key.mT + ridge * identity, direction)
+    return solution
+
+
+def change_norm(left: Tensor, right: Tensor) -> Tensor:
+    """‖Σ_j right_j left_jᵀ‖ of each group in Frobenius norm, from two r × r Gram matrices.
+
+    Args:
+        left: `[G, r, d]`.
+        right: `[G, r, e]`.
+
+    Returns:
+        `[G]`.
+    """
+    return ((left @ left.mT) * (right @ right.mT)).sum((1, 2)).clamp(min=0).sqrt()
