@@ -8,7 +8,7 @@ go by itself.
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -172,11 +172,12 @@ class ValueSearch:
         if self.objective == "trace_reversal":
             with self._noised(model, bare):
                 wanted = _said(model, bare, facts)
-        forced = self.objective == "force"
-        with self._noised(model, bare) if forced else nullcontext():
-            kind = _Lowered if self.objective == "erase" else _Raised
-            targets = list(_targets(kind, model, facts, wanted, site, contexts))
-        return [*targets, *_essences(model, facts, site)]
+        targets, essences = _targets(model, facts, wanted, contexts), _essences(model, facts)
+        if self.objective != "force":
+            return list(_captured(model, [*targets, *essences], site, len(contexts) + 1))
+        with self._noised(model, bare):
+            forced = list(_captured(model, targets, site, len(contexts) + 1))
+        return [*forced, *_captured(model, essences, site, 1)]
 
     def _noised(self, model: ModelHandle, bare: Sequence[Tokens]) -> AbstractContextManager[None]:
         scale = self.noise * spread(model)
@@ -190,8 +191,7 @@ class ValueSearch:
         decay.sum().backward()
         total: Tensor = decay.detach()
         for part in parts:
-            weight = self.kl if isinstance(part, _Essence) else 1.0
-            loss = weight * part.loss(model, delta)
+            loss = part.loss(model, delta, self.objective == "erase", self.kl)
             loss.sum().backward()
             total = total + loss.detach()
         return total
@@ -201,20 +201,49 @@ class ValueSearch:
 class _Part:
     """Rows resumed at the edited layer, each from its subject's last token on.
 
+    A row is a prompt with the object that is wanted or unwanted after it, or an essence, "{subject}
+    is a", which has no object and is read at the subject's last token.
+
     Attributes:
         resume: the resumed pass.
         site: where δ is added.
-        row: `[m]` the row of each place that is read.
-        column: `[m]` its column.
+        row: `[m]` the row of each token of an object.
+        column: `[m]` the column that it is predicted at.
+        token: `[m]` the token.
+        length: `[n]` the tokens of each row's object; 0 for essences.
+        count: prompts a fact.
+        essence: `[e]` the rows of essences.
+        reference: `[e, vocabulary]` log-probabilities there without δ.
     """
 
     resume: Resume
     site: Site
     row: Tensor
     column: Tensor
+    token: Tensor
+    length: Tensor
+    count: int
+    essence: Tensor
+    reference: Tensor
 
-    def logprobs(self, model: ModelHandle, delta: Tensor) -> Tensor:
-        """Log-probabilities `[m, vocabulary]` at the places, δ added at the subjects."""
+    def loss(self, model: ModelHandle, delta: Tensor, lowered: bool, kl: float) -> Tensor:
+        """These rows' share of each fact's loss, `[F]` nats.
+
+        For an object −log p, a mean over its tokens, or if it is to be lowered p of the whole; of
+        that a mean over the fact's prompts. For an essence KL(p_new ‖ p_old), times `kl`.
+        """
+        logprobs = self._logprobs(model, delta)
+        objects, essences = logprobs[: len(self.token)], logprobs[len(self.token) :]
+        each = objects.gather(1, self.token[:, None])[:, 0]
+        whole = torch.zeros_like(self.length, dtype=each.dtype).index_add(0, self.row, each)
+        wanted = whole.exp() if lowered else -whole / self.length.clamp(min=1)
+        divergence = (essences.exp() * (essences - self.reference)).sum(-1)
+        by_row = wanted * (self.length > 0) / self.count
+        by_row = by_row.index_add(0, self.essence, kl * divergence)
+        return torch.zeros_like(delta[:, 0]).index_add(0, self.resume.batch.owner, by_row)
+
+    def _logprobs(self, model: ModelHandle, delta: Tensor) -> Tensor:
+        """Log-probabilities `[m + e, vocabulary]` at the places, δ added at the subjects."""
 
         def add(value: Tensor) -> Tensor:
             first = value[:, :1] + delta[self.resume.batch.owner].unsqueeze(1).to(value)
@@ -222,65 +251,8 @@ class _Part:
 
         with model.hooked([(model.module(self.site), add)]):
             states = self.resume.run(model)
-        return torch.log_softmax(logits(model, states[self.row, self.column]), -1)
-
-    def loss(self, model: ModelHandle, delta: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class _Raised(_Part):
-    """−log p of a fact's wanted object, averaged over its tokens and over the fact's prompts.
-
-    Attributes:
-        token: `[m]` the tokens to be predicted.
-        length: `[n]` the tokens of each row's object.
-        count: prompts a fact.
-    """
-
-    token: Tensor
-    length: Tensor
-    count: int
-
-    def loss(self, model: ModelHandle, delta: Tensor) -> Tensor:
-        """`[F]` nats."""
-        return self._mean(-self._logprob(model, delta) / self.length, delta)
-
-    def _logprob(self, model: ModelHandle, delta: Tensor) -> Tensor:
-        """Log-probability of each row's object as a whole, `[n]`."""
-        found = self.logprobs(model, delta).gather(1, self.token[:, None])[:, 0]
-        return torch.zeros_like(self.length, dtype=found.dtype).index_add(0, self.row, found)
-
-    def _mean(self, by_row: Tensor, delta: Tensor) -> Tensor:
-        """These rows' share of the mean over each fact's prompts, `[F]`."""
-        empty = torch.zeros_like(delta[:, 0])
-        return empty.index_add(0, self.resume.batch.owner, by_row / self.count)
-
-
-@dataclass(frozen=True)
-class _Lowered(_Raised):
-    """p of a fact's object as a whole string, averaged over the fact's prompts."""
-
-    def loss(self, model: ModelHandle, delta: Tensor) -> Tensor:
-        """`[F]`, between 0 and 1."""
-        return self._mean(self._logprob(model, delta).exp(), delta)
-
-
-@dataclass(frozen=True)
-class _Essence(_Part):
-    """KL(p_new ‖ p_old) on "{subject} is a", read at the subject's last token.
-
-    Attributes:
-        reference: `[m, vocabulary]` log-probabilities of the unchanged model.
-    """
-
-    reference: Tensor
-
-    def loss(self, model: ModelHandle, delta: Tensor) -> Tensor:
-        """`[F]` nats."""
-        new = self.logprobs(model, delta)
-        divergence = (new.exp() * (new - self.reference)).sum(-1)
-        return torch.zeros_like(delta[:, 0]).index_add(0, self.resume.batch.owner, divergence)
+        read = torch.cat([states[self.row, self.column], states[self.essence, 0]])
+        return torch.log_softmax(logits(model, read), -1)
 
 
 def _outputs(model: ModelHandle, bare: Sequence[Tokens], site: Site) -> Tensor:
@@ -311,51 +283,48 @@ def _followed(
 
 
 def _targets(
-    kind: type[_Raised],
     model: ModelHandle,
     facts: Sequence[Fact],
     wanted: Sequence[str | tuple[int, ...]],
-    site: Site,
     contexts: tuple[str, ...],
-) -> Iterator[_Raised]:
-    rows = [
+) -> list[Tokens]:
+    return [
         _followed(model, prompt, wanted[owner], owner)
         for owner, fact in enumerate(facts)
         for prompt in in_contexts(fact, contexts)
     ]
-    for group, resume in _resumed(model, rows, site.layer):
-        reads = [
-            (n, at - 1 - row.at("last_subject"), row.ids[at])
-            for n, row in enumerate(group)
-            for at in range(row.prompt, len(row.ids))
-        ]
-        row, column, token = torch.tensor(reads, device=model.device).T
-        length = torch.tensor([len(r.ids) - r.prompt for r in group], device=model.device)
-        yield kind(resume, site, row, column, token, length, len(contexts) + 1)
 
 
-def _essences(model: ModelHandle, facts: Sequence[Fact], site: Site) -> Iterator[_Essence]:
-    rows = [
+def _essences(model: ModelHandle, facts: Sequence[Fact]) -> list[Tokens]:
+    return [
         model.encode(Prompt.fill("essence", "{} is a", fact.subject), owner=owner)
         for owner, fact in enumerate(facts)
     ]
-    for group, resume in _resumed(model, rows, site.layer):
-        row = torch.arange(len(group), device=model.device)
-        column = torch.zeros_like(row)
-        with torch.no_grad():
-            states = resume.run(model)
-            reference = torch.log_softmax(logits(model, states[row, column]), -1)
-        yield _Essence(resume, site, row, column, reference)
 
 
-def _resumed(
-    model: ModelHandle, rows: Sequence[Tokens], layer: int
-) -> Iterator[tuple[list[Tokens], Resume]]:
+def _captured(
+    model: ModelHandle, rows: Sequence[Tokens], site: Site, count: int
+) -> Iterator[_Part]:
     """Groups of rows whose subjects end at like places, each run once up to there."""
     order = sorted(
         range(len(rows)), key=lambda i: (rows[i].at("last_subject"), len(rows[i].ids), i)
     )
     for first in range(0, len(order), model.batch_size):
-        group = [rows[i] for i in order[first : first + model.batch_size]]
-        starts = torch.tensor([row.at("last_subject") for row in group], device=model.device)
-        yield group, Resume.capture(model, collate(group, model.device), layer, starts)
+        yield _part(model, [rows[i] for i in order[first : first + model.batch_size]], site, count)
+
+
+def _part(model: ModelHandle, group: Sequence[Tokens], site: Site, count: int) -> _Part:
+    device = model.device
+    starts = torch.tensor([row.at("last_subject") for row in group], device=device)
+    resume = Resume.capture(model, collate(group, device), site.layer, starts)
+    reads = [
+        (n, at - 1 - row.at("last_subject"), row.ids[at])
+        for n, row in enumerate(group)
+        for at in range(row.prompt, len(row.ids))
+    ]
+    row, column, token = torch.tensor(reads, dtype=torch.long, device=device).view(-1, 3).T
+    length = torch.tensor([len(r.ids) - r.prompt for r in group], device=device)
+    essence = (length == 0).nonzero()[:, 0]
+    with torch.no_grad():
+        reference = torch.log_softmax(logits(model, resume.run(model)[essence, 0]), -1)
+    return _Part(resume, site, row, column, token, length, count, essence, reference)
