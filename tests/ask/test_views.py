@@ -156,3 +156,14 @@ def test_the_page_shows_every_prompt_and_bar(findings):
 )
 def test_shares(probability, wanted):
     assert share(probability) == wanted
+
+
+def test_a_method_that_failed_is_named(findings):
+    """Its column is the unchanged model's, and must not pass for a result."""
+    first, second, *rest = findings.readings
+    failed = replace(second, change=replace(second.change, failed={"ask": "no <finite> loss"}))
+    found = replace(findings, readings=(first, failed, *rest))
+    line = f"{second.name} failed: no <finite> loss."
+    assert line in printed(found)
+    assert line in " ".join(Page(render(found)).texts)
+    assert "failed:" not in printed(findings)

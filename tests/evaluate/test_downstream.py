@@ -288,8 +288,8 @@ def test_perplexity_is_a_plain_loop_over_the_same_rows(prefix: str, text: Path) 
     assert (row.n, row.split, row.relation) == (count, None, None)
 
 
-def test_rows_of_a_shared_text_have_the_length_asked_for(model: ModelHandle) -> None:
-    rows = Downstream()._rows(model, 8, 0)
+def test_rows_of_a_shared_text_have_the_length_asked_for(model: ModelHandle, facts: Splits) -> None:
+    rows = Downstream()._rows(model, facts, CHANGE, 0)
     assert {len(row.ids) for row in rows[:-1]} == {128}
     assert len(rows[-1].ids) <= 128
     assert len(rows) > 8

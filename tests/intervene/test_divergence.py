@@ -46,7 +46,8 @@ def make_diverge(patch: pytest.MonkeyPatch, victims: Sequence[Fact]) -> None:
         self: ValueSearch, model: ModelHandle, parts: object, delta: Tensor, start: Tensor
     ) -> Tensor:
         found = total(self, model, parts, delta, start)
-        delta.grad[ill[0]] = torch.nan
+        if delta.grad is not None:  # none is taken at the last evaluation
+            delta.grad[ill[0]] = torch.nan
         return found
 
     def tuned(model: ModelHandle, facts: Sequence[Fact], layer: int) -> list[Completions]:

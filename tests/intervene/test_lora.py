@@ -277,9 +277,7 @@ def test_the_model_is_left_as_it_was_after_an_error(model, error, passes):
 
 def test_without_peft_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(
-        RequestError, match=r"peft.*found none; pip install 'palimpsest-lm\[lora\]'"
-    ):
+    with pytest.raises(RequestError, match=r"peft.*found none; pip install 'peft>=0\.15'"):
         LoraFineTune()
 
 

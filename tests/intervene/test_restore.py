@@ -175,14 +175,16 @@ def test_a_failed_resumed_pass_can_be_run_again(model: ModelHandle) -> None:
             torch.testing.assert_close(found[n, : len(rest)], rest, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("after", [0, 1, 2, 7])
+@pytest.mark.parametrize("after", [0, 1, 2, 4])
 def test_a_fit_that_fails_leaves_the_model_alone(
     model: ModelHandle, after: int, empty_cache: Path
 ) -> None:
     before = weights(model)
     method = Rome(variant="plain", search=ValueSearch(3), prefixes=GivenPrefixes([]))
     with pytest.raises(KeyboardInterrupt), failing(model, 3, KeyboardInterrupt(), after):
-        method.fit(model, splits(TARGETS), Site(2, "mlp"))
+        method.fit(
+            model, splits(TARGETS[:4]), Site(2, "mlp")
+        )  # one batch, kept whole or not at all
     assert_untouched(model, before)
     assert not any(parameter.requires_grad for parameter in model.model.parameters())
     assert not list(empty_cache.rglob("*.safetensors"))

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,6 @@ import torch
 
 from palimpsest.errors import RequestError
 from palimpsest.facts.fact import Prompt
-from palimpsest.model.forward import keys, score
 from palimpsest.model.load import Pretrained
 from palimpsest.model.memory import default_rows
 from tests.model.tiny import KINDS, make_handle, make_model, tokenizer
@@ -167,13 +168,26 @@ def test_the_number_of_rows_is_the_devices_unless_given(saved: Path) -> None:
     assert load(saved, batch_size=3).batch_size == 3
 
 
+COMPARE = """
+import sys
+import torch
+from palimpsest.facts.fact import Prompt
+from palimpsest.model.load import Pretrained
+
+plain, compiled = (Pretrained(path=sys.argv[1], device="cpu", compile=c).load() for c in (0, 1))
+prompts = [Prompt.fill("p", "The city of {} is in", city) for city in ("東京", "Ur")]
+rows = [plain.encode(prompt, "Japan") for prompt in prompts]
+one, two = ([found.logprob for found in score(handle, rows)] for handle in (plain, compiled))
+torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=1e-4, atol=1e-4)
+one, two = (keys(handle, rows, 1) for handle in (plain, compiled))
+torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)
+"""
+"""In a process of its own: the compiler does not bear every module that tests import."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("saved", ["llama"], indirect=True)
 def test_compiled_blocks_compute_the_same_and_see_later_hooks(saved: Path) -> None:
-    plain, compiled = load(saved), load(saved, compile=True)
-    rows = [
-        plain.encode(Prompt.fill("p", "The city of {} is in", s), "Japan") for s in ("東京", "Ur")
-    ]
-    expected = [found.logprob for found in score(plain, rows)]
-    assert [found.logprob for found in score(compiled, rows)] == pytest.approx(expected, rel=1e-5)
-    torch.testing.assert_close(keys(compiled, rows, 1), keys(plain, rows, 1), rtol=1e-4, atol=1e-4)
+    command = [sys.executable, "-c", COMPARE, str(saved)]
+    outcome = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert outcome.returncode == 0, outcome.stderr

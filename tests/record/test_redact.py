@@ -2,7 +2,7 @@
 
 import pytest
 
-from palimpsest.record.redact import one_line
+from palimpsest.record.redact import one_line, redacted
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,20 @@ def test_credentials_are_replaced(secret):
     assert "[redacted]" in line
     for part in ("hunter2", "abcdefghijkl", "0123456789abcdef", "eyJ"):
         assert part not in line
+
+
+def test_a_configuration_is_kept_without_credentials(monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", "correct horse battery")
+    kept = redacted(
+        {
+            "model": {"path": "https://me:hunter2@host/m", "revision": "0123456789abcdef" * 2},
+            "list": ["hf_abcdefghijklmnopqrstuvwx", 3, None, "correct horse battery"],
+        }
+    )
+    assert kept == {
+        "model": {"path": "https://[redacted]@host/m", "revision": "0123456789abcdef" * 2},
+        "list": ["[redacted]", 3, None, "[redacted]"],
+    }
 
 
 def test_ordinary_errors_are_kept_on_one_line():

@@ -148,12 +148,13 @@ class Bench:
             around = neighbors(self.model, self.library, inquiry, relation)
             premises = tuple(answered(self.model, inquiry.questions))
         splits = self._splits(inquiry.fact, relation)
-        self.fitted = []
+        fits: list[Fitted] = []
         for entry, site in zip(self.entries, self.sites, strict=True):
             with self.phase(f"{entry.name}: fit"):
                 intervention = entry.method.fit(self.model, splits[entry.fits_relation], site)
-            self.fitted.append(Fitted(entry.name, intervention))
-        readings = tuple(self._read(fitted, inquiry, around) for fitted in self.fitted)
+            fits.append(Fitted(entry.name, intervention))
+        readings = tuple(self._read(fitted, inquiry, around) for fitted in fits)
+        self.fitted = fits
         wide = any(entry.fits_relation for entry in self.entries)
         sample = _sample(splits[True].fit, self.model.width) if wide else None
         vocabulary = self.model.model.get_output_embeddings().weight.shape[0]

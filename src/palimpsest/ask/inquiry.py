@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from palimpsest.ask.kinds import Answers, kinds
-from palimpsest.ask.wordings import CONTEXTS, PREMISES, Wording, fill, wording
+from palimpsest.ask.wordings import CONTEXTS, PREMISES, SMALL, Wording, fill, wording
 from palimpsest.errors import RequestError
 from palimpsest.facts.atlas import fold
 from palimpsest.facts.fact import Fact, Prompt
@@ -126,7 +126,7 @@ def _found(prompt: str, subject: str) -> Prompt:
     exact = Prompt.find("fit", prompt, subject)
     if exact.span is not None:
         return exact
-    matches = list(re.finditer(re.escape(subject), prompt, re.IGNORECASE))
+    matches = list(re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt, re.IGNORECASE))
     if not matches:
         raise RequestError(
             f"expected a prompt that holds its subject {subject!r}, found {prompt!r}; name the "
@@ -142,8 +142,9 @@ def _paraphrases(
     templates = () if said is None else said.paraphrases
     texts = [*given, *(fill(template, subject) for template in templates)]
     for context in CONTEXTS:
-        inside = not context.endswith((". {}", ": {}")) and prompt.text.startswith("The ")
-        texts.append(context.replace("{}", f"t{prompt.text[1:]}" if inside else prompt.text))
+        inside = not context.endswith((". {}", ": {}")) and prompt.text.split()[0] in SMALL
+        said_inside = f"{prompt.text[0].lower()}{prompt.text[1:]}" if inside else prompt.text
+        texts.append(context.replace("{}", said_inside))
     for number, text in enumerate(t for t in dict.fromkeys(texts) if t != prompt.text):
         yield _marked(f"paraphrase/{number}", text, subject)
 

@@ -35,6 +35,7 @@ def render(findings: Findings) -> str:
         found=findings,
         paraphrases=list(_paraphrases(findings)),
         questions=list(_questions(findings)),
+        failures=text.about_failures(findings),
         premises=text.about_premises(findings),
         strips=[(reading, _strips(findings, reading)) for reading in findings.readings],
         collision=text.about_collision(findings),

@@ -25,6 +25,7 @@ def show(findings: Findings, console: Console) -> None:
     console.print(_title(findings))
     _section(console, "Answer", "greedy continuation; probability of old, new as whole strings")
     console.print(_answers(findings))
+    _notes(console, text.about_failures(findings))
     _section(console, "Paraphrases", "seen by no fit")
     console.print(_said_table(findings, _paraphrases(findings)))
     _section(console, "Entailed questions", "do the answers follow from the new object?")

@@ -53,6 +53,15 @@ def listed(names: Sequence[str]) -> str:
 # -- sentences -------------------------------------------------------------------------------------
 
 
+def about_failures(findings: Findings) -> list[str]:
+    """Which methods could not change the model, so that theirs is the unchanged model's column."""
+    return [
+        f"{reading.name} failed: {cause}."
+        for reading in findings.readings
+        for cause in reading.change.failed.values()
+    ]
+
+
 def about_relation(findings: Findings) -> list[str]:
     """How the relation was chosen, and what was fitted on its facts."""
     chosen, sample = findings.relation, findings.sample

@@ -33,6 +33,9 @@ CONTEXTS = (
 )
 """What any prompt may be put after."""
 
+SMALL = ("The", "A", "An", "In", "On", "At", "It", "This", "That")
+"""First words that lose their capital inside a sentence."""
+
 PREMISES: Mapping[str, Mapping[str, str]] = {
     "city": {
         "country": "The city of {} is in the country of",

@@ -19,8 +19,18 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     add = parser.add_argument
-    add("--intervention", type=Path, metavar="DIR", help="a run's directory")
-    add("--model", required=True, metavar="M", help="a known name, a directory or a hub id")
+    add(
+        "--intervention",
+        type=Path,
+        metavar="DIR",
+        help="a run's directory; with --undo: what must have been applied",
+    )
+    add(
+        "--model",
+        required=True,
+        metavar="M",
+        help="a known name, a directory or a hub id; with --undo: what was written",
+    )
     add("--output", required=True, type=Path, metavar="DIR", help="must not exist, or be empty")
     add("--fact", metavar="ID", help="whose change, where each fact has its own")
     add("--step", type=int, metavar="N", help="of sequential edits: after how many (default: all)")
@@ -46,7 +56,7 @@ def _apply(options: argparse.Namespace) -> int:
     source = _source(_model(options.model), [*dtype, *options.overrides])
     record = apply(source, chosen, options.output, _command(options))
     say(
-        f"{options.output}: {record.model['name']}, changed in {', '.join(record.changed)}; "
+        f"{options.output}: {record.model['name']!r}, changed in {', '.join(record.changed)}; "
         f"fingerprint {record.fingerprint[:12]}, read back and found the same"
     )
     return 0
@@ -63,7 +73,7 @@ def _undo(options: argparse.Namespace) -> int:
     source = _source([f"model.path={quoted(options.model)}"], options.overrides)
     record = undo(source, options.output, options.intervention)
     say(
-        f"{options.output}: {record.model['name']} as it was; fingerprint "
+        f"{options.output}: {record.model['name']!r} as it was; fingerprint "
         f"{record.model['fingerprint'][:12]}, read back and found the same"
     )
     return 0
@@ -89,7 +99,9 @@ def _source(model: Sequence[str], overrides: Sequence[str]) -> "Pretrained":
     """Where the model comes from; it is read into CPU memory unless told otherwise."""
     from palimpsest.cli.jobs import compose_parts
 
-    words = ["record=local", "model.device=cpu", *model, *overrides]
+    mapped = any(word.lstrip("+").startswith("model.device_map=") for word in overrides)
+    device = [] if mapped else ["model.device=cpu"]
+    words = ["record=local", *device, *model, *overrides]
     source: Pretrained = compose_parts(words)["model"]
     return source
 

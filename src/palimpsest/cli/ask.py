@@ -79,8 +79,14 @@ class Output:
         """Refuse files that cannot be written, before anything is computed.
 
         Raises:
-            RequestError: the directory is missing or not writable, or the file is a directory.
+            RequestError: the directory is missing or not writable, the file is a directory, or
+                both are one.
         """
+        if self.html is not None and self.html == self.svg:
+            raise RequestError(
+                f"expected two files for --html and --svg, found {str(self.html)!r} for both; "
+                "name another"
+            )
         for option, path in (("--html", self.html), ("--svg", self.svg)):
             if path is not None:
                 _check_writable(option, path)
@@ -103,6 +109,12 @@ class Output:
 def ask(options: argparse.Namespace, stdin: TextIO | None = None) -> int:
     """Compare the methods on the fact, then on what is typed."""
     _sort(options)
+    for word in options.overrides:
+        if "=" not in word:
+            raise RequestError(
+                f"expected KEY=VALUE after the prompt, found {word!r}; set the whole prompt in "
+                "quotes"
+            )
     inquiry = _inquiry(options)
     output = Output(_console(), options.html, options.svg)
     output.check()
@@ -221,10 +233,10 @@ def _overrides(
 
 def _check_shared(word: str, names: Sequence[str]) -> None:
     """Refuse settings that only one method can have."""
-    if word.startswith("intervene="):
+    if re.match(r"[+~]*intervene=", word):
         raise RequestError(
             f"expected methods in --methods, found {word!r}; write --methods "
-            f"none,{word.removeprefix('intervene=')}"
+            f"none,{word.partition('=')[2]}"
         )
     if re.match(r"\+{0,2}intervene\.", word):
         raise RequestError(
@@ -294,7 +306,7 @@ def _take(bench: "Bench", output: Output, inquiry: "Inquiry | None", line: str) 
 
     if line == ":help":
         say(HELP)
-    elif line.startswith(":fact"):
+    elif line.split()[0] == ":fact":
         inquiry = _typed(line.removeprefix(":fact"))
         output.write(bench.examine(inquiry))
     elif line.startswith(":"):

@@ -38,7 +38,18 @@ class Finding:
 
 def examine() -> Iterator[Finding]:
     """Look at everything in turn; a look that fails is a finding itself."""
-    for look in (_python, _packages, _device, _models, _cache, _disk, _places, _tracking):
+    for look in (
+        _python,
+        _packages,
+        _extras,
+        _device,
+        _hub,
+        _models,
+        _cache,
+        _disk,
+        _places,
+        _tracking,
+    ):
         yield from _guarded(look)
 
 
@@ -78,7 +89,7 @@ def _wanted() -> tuple[str, list[str]]:
     if not file.is_file():
         raise RequestError(
             f"expected {NAME} to be installed, found neither it nor a checkout; "
-            f"`pip install {NAME}`"
+            "`pip install -e .` in one"
         )
     project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
     return project["requires-python"], project["dependencies"]
@@ -115,6 +126,21 @@ def _packages() -> Iterator[Finding]:
     yield Finding(True, f"packages within their ranges: {', '.join(found)}")
 
 
+def _extras() -> Iterator[Finding]:
+    """What only some methods and launchers need; no fault if it is not there."""
+    names = ("peft", "hydra-joblib-launcher", "hydra-submitit-launcher")
+    found = [f"{name} {_version(name) or 'not installed'}" for name in names]
+    yield Finding(True, f"optional packages: {', '.join(found)}")
+
+
+def _hub() -> Iterator[Finding]:
+    """Whether gated models, such as Llama's, could be fetched."""
+    from huggingface_hub import get_token
+
+    logged_in = "a token is set" if get_token() else "no token; `hf auth login` for gated models"
+    yield Finding(True, f"model hub: {logged_in}")
+
+
 def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
@@ -129,7 +155,6 @@ def _device() -> Iterator[Finding]:
 
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
-    devices += [torch.device("mps")] if torch.backends.mps.is_available() else []
     yield Finding(True, f"devices: {', '.join(map(device_name, devices))}")
 
 

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from palimpsest.cli.configuration import as_request, check_config, resource
 from palimpsest.cli.words import CONSOLE, complain, say, tell
 from palimpsest.errors import RequestError
+from palimpsest.record.redact import redacted, without_secrets
 
 
 def run(words: Sequence[str]) -> int:
@@ -25,7 +26,7 @@ def run(words: Sequence[str]) -> int:
 
     os.environ["HYDRA_FULL_ERROR"] = "1"
     words = _flags_first(words)
-    command = shlex.join(["palimpsest", "run", *words])
+    command = without_secrets(shlex.join(["palimpsest", "run", *words]))
     here = os.getpid()
     failures: list[Exception] = []
 
@@ -120,7 +121,7 @@ def _job(config: DictConfig, command: str) -> None:
         parts["record"],
         parts["seed"],
         {"intervene": name, "facts": choices["facts"]},
-        OmegaConf.to_container(config, resolve=True, throw_on_missing=True),  # type: ignore[arg-type]
+        redacted(OmegaConf.to_container(config, resolve=True, throw_on_missing=True)),
         command,
     )
     with _phases(name) as phase:

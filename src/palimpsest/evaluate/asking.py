@@ -1,14 +1,17 @@
 """Putting prompts to a model: how likely each of several completions is."""
 
 import hashlib
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from palimpsest.facts.fact import Fact, Prompt
+from palimpsest.facts.splits import Splits
 from palimpsest.files import cached_tensors
 from palimpsest.model.forward import Score, score
 from palimpsest.model.handle import ModelHandle
@@ -92,6 +95,32 @@ def rotation(prompts: int, facts: int, seed: int) -> list[int]:
     order = list(range(facts))
     random.Random(f"owners/{seed}").shuffle(order)
     return [order[index % facts] for index in range(prompts)]
+
+
+T = TypeVar("T")
+
+
+def dealt(things: Sequence[T], facts: Splits, change: Change, seed: int) -> list[tuple[int, T]]:
+    """Things that belong to no fact, each with the owner whose change it feels.
+
+    Of independent changes, those of facts that could not be changed are none: what would feel them
+    says nothing of the method, and is left out.
+    """
+    owners = rotation(len(things), len(facts.target), seed)
+    lost = change.failed if change.independent else {}
+    idle = {owner for owner, fact in enumerate(facts.target) if fact.id in lost}
+    return [(o, thing) for o, thing in zip(owners, things, strict=True) if o not in idle]
+
+
+NOT_FINITE = "the model gives no finite probabilities"
+"""Why nothing can be read off a ruined model: of NaNs none is the largest."""
+
+
+def readable(answer: Answer, row: Row) -> Row:
+    """The row; null if the answer that it was made from is not finite."""
+    if all(math.isfinite(score.logprob) for score in answer.values()):
+        return row
+    return replace(row, value=None, n=0, note=NOT_FINITE)
 
 
 def withheld(row: Row, change: Change) -> Row:

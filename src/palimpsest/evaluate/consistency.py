@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 
-from palimpsest.evaluate.asking import Query, ask, best
+from palimpsest.evaluate.asking import Query, ask, best, readable
 from palimpsest.evaluate.downstream import Answers
 from palimpsest.facts.fact import Fact, Question
 from palimpsest.facts.splits import Splits
@@ -46,8 +46,11 @@ class Consistency:
         row = partial(Row, axis="consistency", scope=change.scope, split="target")
         for owner, fact in enumerate(facts.target):
             mine = partial(row, fact_id=fact.id, relation=fact.relation)
-            tops = [best(answers[owner][prompt.id]) for prompt in fact.paraphrases]
-            yield from _agreement(mine, fact, tops)
+            said = [answers[owner][prompt.id] for prompt in fact.paraphrases]
+            rows = _agreement(mine, fact, [best(answer) for answer in said])
+            for answer in said:
+                rows = map(partial(readable, answer), rows)
+            yield from rows
         yield from _two_hop(row, model, facts, premises)
 
 
@@ -85,7 +88,8 @@ def _two_hop(
         by_vocabulary = next((name for name in (new, old) if reply[name].argmax), None)
         for protocol, said in (("vocabulary", by_vocabulary), ("candidates", best(reply))):
             verdict = {new: "new", old: "old"}.get(said or "", "neither")
-            yield from _verdicts(partial(place, protocol=protocol), verdict)
+            verdicts = _verdicts(partial(place, protocol=protocol), verdict)
+            yield from map(partial(readable, reply), verdicts)
 
 
 def _unanswerable(fact: Fact, question: Question, premises: Premises) -> str | None:

@@ -16,7 +16,8 @@ from palimpsest.evaluate.asking import (
     ask,
     best,
     candidates,
-    rotation,
+    dealt,
+    readable,
     withheld,
 )
 from palimpsest.facts.fact import Fact, Prompt
@@ -77,8 +78,8 @@ class Downstream:
         """The rows of the axis `downstream`; definitions stand in docs/metrics.md."""
         row = partial(Row, axis="downstream", scope=change.scope)
         yield from _asked(row, facts, change, answers)
-        yield from _accuracy(row, model, facts, seed)
-        yield self._perplexity(row, model, len(facts.target), seed)
+        yield from _accuracy(row, model, facts, change, seed)
+        yield self._perplexity(row, model, facts, change, seed)
 
     def along(
         self, model: ModelHandle, facts: Splits, change: Change, step: int, seed: int
@@ -90,29 +91,30 @@ class Downstream:
         so_far = replace(facts, target=facts.target[:step])
         row = partial(Row, axis="downstream", scope=change.scope, step=step)
         yield from _asked(row, so_far, change, ask_targets(model, so_far))
-        yield self._perplexity(row, model, len(facts.target), seed)
+        yield self._perplexity(row, model, facts, change, seed)
 
-    def _perplexity(self, row: partial[Row], model: ModelHandle, owners: int, seed: int) -> Row:
+    def _perplexity(
+        self, row: partial[Row], model: ModelHandle, facts: Splits, change: Change, seed: int
+    ) -> Row:
         """Exp of the mean negative log-likelihood a token."""
-        tokens = self._rows(model, owners, seed)
-        scores = score(model, tokens)
+        scores = score(model, self._rows(model, facts, change, seed))
         total = sum(s.tokens for s in scores)
-        loss = -sum(s.logprob for s in scores) / total
         row = partial(row, metric="perplexity", protocol="heldout_text")
+        if not total:
+            return row(value=None, n=0, note="no fact could be changed")
+        loss = -sum(s.logprob for s in scores) / total
         if not loss < _OVERFLOW:
             return row(value=None, n=0, note=f"{loss:.3g} nats a token: no finite perplexity")
         return row(value=math.exp(loss), n=total)
 
-    def _rows(self, model: ModelHandle, owners: int, seed: int) -> list[Tokens]:
+    def _rows(self, model: ModelHandle, facts: Splits, change: Change, seed: int) -> list[Tokens]:
         start = start_ids(model)
         check_at_least("evaluate.downstream.row_tokens", self.row_tokens, len(start) + 1)
         ids = model.tokenizer(held_out(self.text), add_special_tokens=False)["input_ids"]
         fresh = self.row_tokens - len(start)
         parts = [ids[i : i + fresh] for i in range(0, len(ids), fresh)]
-        return [
-            Tokens((*start, *part), len(start), None, owner)
-            for part, owner in zip(parts, rotation(len(parts), owners, seed), strict=True)
-        ]
+        owned = dealt(parts, facts, change, seed)
+        return [Tokens((*start, *part), len(start), None, owner) for owner, part in owned]
 
 
 def held_out(path: str | None) -> str:
@@ -148,11 +150,11 @@ def _of_fact(row: partial[Row], fact: Fact, answers: dict[str, Answer]) -> Itera
     for prompt in (fact.prompt, *fact.paraphrases):
         metric = "efficacy" if prompt is fact.prompt else "paraphrase"
         found = _about_fact(row, metric, prompt, answers[prompt.id], fact)
-        yield from map(partial(_readable, answers[prompt.id]), found)
+        yield from map(partial(readable, answers[prompt.id]), found)
     for prompt in fact.neighbors:
         answer = answers[prompt.id]
         found = _wins(row, "neighborhood", prompt, answer, fact.true, fact.new or "")
-        yield from map(partial(_readable, answer), found)
+        yield from map(partial(readable, answer), found)
 
 
 def _about_fact(
@@ -163,13 +165,6 @@ def _about_fact(
     gone = partial(row, metric="suppression", prompt_id=prompt.id)
     yield gone(protocol="candidates", value=float(best(answer) != fact.true))
     yield gone(protocol="vocabulary", value=float(not answer[fact.true].argmax))
-
-
-def _readable(answer: Answer, row: Row) -> Row:
-    """The row; null if the model gives no finite probabilities, of which none is the larger."""
-    if all(math.isfinite(score.logprob) for score in answer.values()):
-        return row
-    return replace(row, value=None, n=0, note="the model gives no finite probabilities")
 
 
 def _wins(
@@ -199,21 +194,20 @@ def _harmonic_mean(row: partial[Row], rows: Sequence[Row]) -> Row:
     return row(value=value, n=facts)
 
 
-def _accuracy(row: partial[Row], model: ModelHandle, facts: Splits, seed: int) -> Iterator[Row]:
+def _accuracy(
+    row: partial[Row], model: ModelHandle, facts: Splits, change: Change, seed: int
+) -> Iterator[Row]:
     """Accuracy on test subjects of the relation and on other relations."""
-    owners = rotation(len(facts.test), len(facts.target), seed)
-    queries = [
-        Query(fact.prompt, candidates(fact, facts.classes[fact.relation]), owner)
-        for fact, owner in zip(facts.test, owners, strict=True)
-    ]
-    for fact, answer in zip(facts.test, ask(model, queries), strict=True):
+    test = dealt(facts.test, facts, change, seed)
+    queries = [Query(f.prompt, candidates(f, facts.classes[f.relation]), o) for o, f in test]
+    for (_, fact), answer in zip(test, ask(model, queries), strict=True):
         one = partial(row, metric="relation_accuracy", split="test", fact_id=fact.id)
         one = partial(one, relation=fact.relation, prompt_id=fact.prompt.id)
-        yield _readable(answer, one(protocol="vocabulary", value=float(answer[fact.true].argmax)))
-        yield _readable(answer, one(protocol="candidates", value=float(best(answer) == fact.true)))
-    owners = rotation(len(facts.others), len(facts.target), seed)
-    queries = [Query(f.prompt, [f.true], o) for f, o in zip(facts.others, owners, strict=True)]
-    for fact, answer in zip(facts.others, ask(model, queries), strict=True):
+        yield readable(answer, one(protocol="vocabulary", value=float(answer[fact.true].argmax)))
+        yield readable(answer, one(protocol="candidates", value=float(best(answer) == fact.true)))
+    others = dealt(facts.others, facts, change, seed)
+    queries = [Query(fact.prompt, [fact.true], owner) for owner, fact in others]
+    for (_, fact), answer in zip(others, ask(model, queries), strict=True):
         one = partial(row, metric="other_accuracy", protocol="vocabulary", split="others")
         one = partial(one, fact_id=fact.id, relation=fact.relation, prompt_id=fact.prompt.id)
-        yield _readable(answer, one(value=float(answer[fact.true].argmax)))
+        yield readable(answer, one(value=float(answer[fact.true].argmax)))

@@ -23,10 +23,12 @@ class Probe:
     bias: Tensor
     classes: tuple[str, ...]
 
-    def predict(self, states: Tensor) -> list[str]:
-        """The most likely object for each of the states `[n, d_model]`."""
+    def predict(self, states: Tensor) -> list[str | None]:
+        """The most likely object for each of the states `[n, d_model]`; None if not finite."""
         scores = states @ self.weight.T + self.bias
-        return [self.classes[index] for index in scores.argmax(1).tolist()]
+        finite = scores.isfinite().all(1).tolist()
+        guesses = scores.argmax(1).tolist()
+        return [self.classes[g] if f else None for g, f in zip(guesses, finite, strict=True)]
 
 
 def train(states: Tensor, labels: Sequence[str], c: float) -> Probe:
@@ -36,8 +38,14 @@ def train(states: Tensor, labels: Sequence[str], c: float) -> Probe:
         states: `[n, d_model]`.
         labels: the object of each state; at least two different ones.
         c: inverse strength of the L2 penalty on standardized states.
+
+    Returns:
+        The probe; one that predicts nothing if a state is not finite.
     """
     classes = tuple(sorted(set(labels)))
+    if not states.isfinite().all():
+        blank = torch.full((len(classes), states.shape[1]), torch.nan)
+        return Probe(blank, blank[:, 0], classes)
     scaler = StandardScaler().fit(states.double().numpy())
     scaled = torch.from_numpy(scaler.transform(states.double().numpy()))
     # The penalized solution lies in the span of the rows: fit in that basis, of rank ≤ n.

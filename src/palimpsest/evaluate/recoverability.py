@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.errors import check_at_least
-from palimpsest.evaluate.asking import rotation
+from palimpsest.evaluate.asking import dealt
 from palimpsest.evaluate.probes import Probe, train
 from palimpsest.facts.fact import Fact
 from palimpsest.facts.splits import Splits
@@ -26,6 +26,9 @@ from palimpsest.record.row import Row
 POSITIONS: tuple[Position, ...] = ("last_subject", "last_prompt")
 
 UPSTREAM = "unchanged by construction"
+
+NOT_FINITE = "the model's states are not finite"
+"""Why nothing can be read off a ruined model."""
 
 _Where = tuple[int, Position]
 
@@ -176,8 +179,7 @@ class Recoverability:
             cause = f"fewer than {self.least} probe subjects a class"
             yield row(metric="probe_accuracy", protocol="frozen", value=None, n=0, note=cause)
             return
-        owners = rotation(len(facts.test), len(facts.target), seed)
-        test = [(o, f) for o, f in zip(owners, facts.test, strict=True) if f.relation == relation]
+        test = [(o, f) for o, f in dealt(facts.test, facts, change, seed) if f.relation == relation]
         test_states = self._states(model, [model.encode(f.prompt, owner=o) for o, f in test])
         groups = [("target", target, states), ("test", test, test_states)]
         yield from _baselines(row, model, trained, target, rows, states)
@@ -271,14 +273,16 @@ class Recoverability:
                 state = states[layer, "last_prompt"].to(model.device, model.model.dtype)
                 scores = logits(model, model.final_norm(state)).cpu()
             ranks = 1 + (scores[:, None, :] > scores.gather(1, first)[:, :, None]).sum(-1)
-            for fact, tokens, rank in zip(target, first.tolist(), ranks.tolist(), strict=True):
+            whole = scores.isfinite().all(1).tolist()
+            found = zip(target, first.tolist(), ranks.tolist(), whole, strict=True)
+            for fact, (old, new), rank, finite in found:
                 place = _place(row, (layer, "last_prompt"), "target")
                 place = partial(place, fact_id=fact.id, prompt_id=fact.prompt.id)
-                if collide := tokens[0] == tokens[1]:
-                    place = partial(place, n=0, note="old and new object share their first token")
+                cause = None if finite else NOT_FINITE
+                cause = "old and new object share their first token" if old == new else cause
                 for metric, value in zip(("lens_rank_old", "lens_rank_new"), rank, strict=True):
-                    shown = None if collide else float(value)
-                    yield place(metric=metric, protocol="logit_lens", value=shown)
+                    shown = place(metric=metric, protocol="logit_lens", value=float(value))
+                    yield replace(shown, value=None, n=0, note=cause) if cause else shown
 
 
 @torch.no_grad()
@@ -326,6 +330,9 @@ def _judge(
         if fact.true not in probe.classes:
             yield from _undefined(place, protocol, [fact], "no training subject has its object")
             continue
+        if guess is None:
+            yield from _undefined(place, protocol, [fact], NOT_FINITE)
+            continue
         yield place(
             metric="probe_accuracy",
             protocol=protocol,
@@ -355,12 +362,16 @@ def _baselines(
     truth = [fact.true for _, fact in target]
     row = partial(row, metric="probe_baseline", split="target", n=len(truth))
 
-    def share(guesses: Sequence[str]) -> float:
-        return sum(g == t for g, t in zip(guesses, truth, strict=True)) / len(truth)
+    def share(place: partial[Row], guesses: Sequence[str | None]) -> Row:
+        if None in guesses:
+            return replace(place(value=None, note=NOT_FINITE), n=0)
+        hits = sum(g == t for g, t in zip(guesses, truth, strict=True))
+        return place(value=hits / len(truth))
 
-    yield row(protocol="majority", value=share([trained.majority] * len(truth)))
+    yield share(partial(row, protocol="majority"), [trained.majority] * len(truth))
     names = trained.embedding.predict(embeddings(model, rows))
-    yield row(protocol="embedding", layer=EMBEDDING, position="last_subject", value=share(names))
+    first = partial(row, protocol="embedding", layer=EMBEDDING, position="last_subject")
+    yield share(first, names)
     for (layer, position), found in states.items():
         guesses = trained.shuffled[layer, position].predict(found)
-        yield row(protocol="shuffled", layer=layer, position=position, value=share(guesses))
+        yield share(partial(row, protocol="shuffled", layer=layer, position=position), guesses)

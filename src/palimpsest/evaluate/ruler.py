@@ -1,5 +1,6 @@
 """The ruler that every method faces. It sees a model and facts, never a method."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -117,6 +118,7 @@ def portraits(model: ModelHandle, facts: Splits, tokens: int = 5) -> list[dict[s
                 for token, probability in zip(
                     top.indices[i].tolist(), top.values[i].tolist(), strict=True
                 )
+                if math.isfinite(probability)
             ],
         }
         for i, fact in enumerate(facts.target)

@@ -1,7 +1,8 @@
 """AlphaEdit, null-space constrained editing (Fang et al. 2024, arXiv 2410.02355)."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from palimpsest.intervene.solving import ridge
 from palimpsest.intervene.spread import Spread, Written, mean_key
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site
+from palimpsest.record.row import Row
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class AlphaEdit(Spread):
 
     Attributes:
         threshold: absolute, on the singular values of C; the public code has 0.02.
-        ridge: the public code has 10, and 1 for Llama-3 and Qwen.
+        ridge: the public code has 10; EasyEdit has 1 for Llama-3 and Qwen2.5.
     """
 
     threshold: float = 0.02
@@ -43,11 +45,14 @@ class AlphaEdit(Spread):
             RequestError: too few layers, or no singular value is below the threshold.
         """
         layers = self.layers(site)
-        spaces = {
-            layer: [self._null_space(c) for c in (second.matrix, second.half) if c is not None]
-            for layer, second in self.moment_source.several(model, layers).items()
-        }
-        return _AlphaEdit(self, layers, self.contexts(model), {}, spaces)
+        spaces = {}
+        for layer, second in self.moment_source.several(model, layers).items():
+            half = None
+            if second.half is not None:
+                with suppress(RequestError):  # what half of the text leaves open is no fault of all
+                    half = self._null_space(second.half)
+            spaces[layer] = (self._null_space(second.matrix), half)
+        return _AlphaEdit(self, layers, self.contexts(model), spaces)
 
     def _null_space(self, moments: Tensor) -> Tensor:
         """Û `[d_mlp, rank]`, P = Û Ûᵀ."""
@@ -66,12 +71,12 @@ class _AlphaEdit(Written):
     """AlphaEdit at work.
 
     Attributes:
-        spaces: by layer, Û of C, and of C over half of the tokens.
+        spaces: by layer, Û of C, and of C over half of the tokens if it has one.
         before: by layer, the keys of the edits made before, `[e, d_mlp]` each.
         pending: the last edit's facts, whose keys are read once the model carries it.
     """
 
-    spaces: Mapping[int, list[Tensor]]
+    spaces: Mapping[int, tuple[Tensor, Tensor | None]]
     before: dict[int, list[Tensor]] = field(default_factory=dict)
     pending: list[Fact] = field(default_factory=list)
 
@@ -82,15 +87,24 @@ class _AlphaEdit(Written):
             self.before.setdefault(layer, []).append(key)
         made = super().edit(model, facts, independent)
         self.pending[:] = [fact for fact in facts if fact.id not in made.change.failed]
-        return made
+        return replace(made, diagnostics=(*made.diagnostics, *self._ranks()))
+
+    def _ranks(self) -> Iterator[Row]:
+        """The share of dimensions that the null space has, by layer; once."""
+        for layer, (space, _) in () if self.before else self.spaces.items():
+            yield Row(
+                axis="cost", scope="fact", metric="null_space", protocol="share_of_d_mlp",
+                layer=layer, value=space.shape[1] / space.shape[0],
+            )  # fmt: skip
 
     def left(self, layer: int, key: Tensor) -> tuple[Tensor, Tensor | None]:
         """`(K̃ᵀ P K̃ + ridge 1)⁻¹ K̃ᵀ P`, K̃ the earlier keys and these; the rows of these."""
         earlier = self.before.get(layer, [])
         every = torch.cat([*earlier, key[0]]).unsqueeze(0) if earlier else key
-        found = [
-            ridge(every @ space @ space.T, every, self.method.penalty(key.shape[1]))
-            for space in self.spaces[layer]
-        ]
-        mine = [left[:, -key.shape[1] :] for left in found]
-        return mine[0], mine[1] if len(mine) > 1 else None
+        penalty = self.method.penalty(key.shape[1])
+
+        def response(space: Tensor) -> Tensor:
+            return ridge(every @ space @ space.T, every, penalty)[:, -key.shape[1] :]
+
+        whole, half = self.spaces[layer]
+        return response(whole), None if half is None else response(half)

@@ -150,7 +150,7 @@ def _number(whole: Intervention, run: Path, fact: str | None) -> int:
         raise RequestError(f"expected a target fact's id, found {fact!r}; {nearest(fact, ids)}")
     if fact in whole.change.failed:
         raise RequestError(
-            f"expected a fact that was changed, found {fact!r} ({whole.change.failed[fact]}); "
+            f"expected a fact that was changed, found {fact!r} ({whole.change.failed[fact]!r}); "
             "name another"
         )
     return ids.index(fact)
@@ -235,7 +235,8 @@ class Record:
         try:
             found = json.loads((directory / RECORD).read_text("utf-8"))
             record = cls(**{field.name: found[field.name] for field in fields(cls)})
-            named = (record.intervention["digest"], record.model["fingerprint"], *record.changed)
+            model = (record.model["name"], record.model["fingerprint"])
+            named = (record.intervention["digest"], *model, *record.changed)
             if not all(isinstance(name, str) for name in (record.fingerprint, *named)):
                 raise TypeError("not a text")
         except (OSError, ValueError, TypeError, KeyError) as error:

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
+from palimpsest.errors import RequestError
 from palimpsest.facts.splits import Splits
-from palimpsest.intervene.composition import Parts
+from palimpsest.intervene.composition import Composition, Parts
 from palimpsest.intervene.deltas import WeightDeltas
 from palimpsest.intervene.intervention import Intervention, Method, Unchanged
 from palimpsest.model.handle import ModelHandle
@@ -27,9 +28,17 @@ class NoChange:
         return Unchanged(change=Change("fact", False, None), model=model.fingerprint)
 
 
+_APART = 1_000_003
+"""Between the seeds of the layers of one change."""
+
+
 @dataclass(frozen=True)
 class RandomDelta:
     """ROME's own u with output directions drawn at random, of the same norm: is any push enough?
+
+    Each fact's output vector keeps its norm, so ΔW of a single fact does too; that of many facts
+    together only does so as far as their u are orthogonal. In a sequence u and the norms are those
+    of the real edits, each fitted in the model that carried the real ones before it.
 
     Attributes:
         base: the editor that is imitated.
@@ -46,6 +55,11 @@ class RandomDelta:
         return method.part
 
     @property
+    def place(self) -> str:
+        """The base's."""
+        return getattr(self.base, "place", self.part)
+
+    @property
     def imitates(self) -> Method:
         """The editor whose u and norm it takes."""
         return self.base  # type: ignore[no-any-return]
@@ -57,15 +71,22 @@ class RandomDelta:
             RequestError: the base is refused.
         """
         method: Method = self.base
-        return self._turned(method.fit(model, facts, site))
+        return _turned(method.fit(model, facts, site), self.seed)
 
-    def _turned(self, real: Intervention) -> Intervention:
-        if isinstance(real, Parts):
-            return replace(real, parts=tuple(self._turned(part) for part in real.parts))
-        assert isinstance(real, WeightDeltas)
-        generator = torch.Generator().manual_seed(self.seed)
-        facts, rank, width = real.right.shape
-        # Row by row, so that a sequence of edits keeps its directions as it grows.
-        noise = [torch.randn(width, generator=generator) for _ in range(facts * rank)]
-        unit = torch.nn.functional.normalize(torch.stack(noise), dim=1).view_as(real.right)
-        return replace(real, right=unit * real.right.norm(dim=-1, keepdim=True))
+
+def _turned(real: Intervention, seed: int) -> Intervention:
+    if isinstance(real, Parts):
+        apart = _APART * isinstance(real, Composition)  # a history keeps its directions
+        turned = (_turned(part, seed + n * apart) for n, part in enumerate(real.parts))
+        return replace(real, parts=tuple(turned))
+    if not isinstance(real, WeightDeltas):
+        raise RequestError(
+            "expected an editor of low rank as intervene.base, found one whose change is "
+            f"{real.kind.replace('_', ' ')}; take rome, r_rome, memit, emmet or alphaedit"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    facts, rank, width = real.right.shape
+    # Row by row, so that a sequence of edits keeps its directions as it grows.
+    noise = [torch.randn(width, generator=generator) for _ in range(facts * rank)]
+    unit = torch.nn.functional.normalize(torch.stack(noise), dim=1).view_as(real.right)
+    return replace(real, right=unit * real.right.norm(dim=-1, keepdim=True))

@@ -17,7 +17,7 @@ from torch import Tensor
 from palimpsest.errors import RequestError
 from palimpsest.facts.fact import Fact
 from palimpsest.facts.splits import Splits
-from palimpsest.intervene.composition import History
+from palimpsest.intervene.composition import History, Parts
 from palimpsest.intervene.intervention import Intervention
 from palimpsest.intervene.moments import Moments, MomentSource, Second
 from palimpsest.intervene.prefixes import Prefixes, SampledPrefixes, in_contexts
@@ -33,6 +33,9 @@ Protocol = Literal["independent", "batch", "sequential"]
 
 NOT_FINITE = "the search came to no finite loss; the fact was left as it is"
 """Cause of a fact's missing values after a search that diverged."""
+
+OVERFLOWN = "the change came out not finite; the fact was left as it is"
+"""The same after keys or residuals that were not finite."""
 
 
 class Editing(ABC):
@@ -95,7 +98,8 @@ class Editor(ABC):
         editing = self.begin(model, site)
         if self.protocol == "sequential":
             return one_after_another(editing, model, facts.target)
-        return editing.edit(model, facts.target, self.protocol == "independent")
+        edit = editing.edit(model, facts.target, self.protocol == "independent")
+        return sound(edit, facts.target)
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ def one_after_another(
     rows: list[Row] = []
     for number, fact in enumerate(facts, 1):
         with _carrying(total, model):
-            edit = editing.edit(model, (fact,), independent=False)
+            edit = sound(editing.edit(model, (fact,), independent=False), (fact,))
         rows += edit.diagnostics
         total = edit if total is None else total.plus(edit)
         if number in milestones(len(facts)):
@@ -157,6 +161,29 @@ def one_after_another(
         steps=tuple(kept),
         diagnostics=tuple(rows),
     )
+
+
+def sound(edit: Intervention, facts: Sequence[Fact]) -> Intervention:
+    """The edit without what is not finite in it: zeros instead, and its facts have failed."""
+    bad = {
+        place
+        for tensor in edit.tensors().values()
+        for place in (~tensor.flatten(1).isfinite().all(1)).nonzero()[:, 0].tolist()
+    }
+    if not bad:
+        return edit
+    lost = [facts[place] for place in bad] if edit.change.independent else facts
+    return _silenced(edit, sorted(bad), {fact.id: OVERFLOWN for fact in lost})
+
+
+def _silenced(edit: Intervention, places: list[int], causes: dict[str, str]) -> Intervention:
+    change = replace(edit.change, failed={**edit.change.failed, **causes})
+    if isinstance(edit, Parts):
+        parts = tuple(_silenced(part, places, causes) for part in edit.parts)
+        return replace(edit, change=change, parts=parts)
+    index = torch.tensor(places)
+    tensors: dict[str, Any] = {n: t.index_fill(0, index, 0.0) for n, t in edit.tensors().items()}
+    return replace(edit, change=change, **tensors)
 
 
 def _carrying(total: Intervention | None, model: ModelHandle) -> AbstractContextManager[None]:
@@ -291,7 +318,11 @@ class Whitener:
 
     def solve(self, response: Callable[[Inverse | None], Tensor]) -> tuple[Tensor, Tensor | None]:
         """What an editor makes of C⁻¹, and what it would make of half of the tokens."""
-        return response(self.whole), None if self.half is None else response(self.half)
+        half = None
+        if self.half is not None:
+            with suppress(RequestError):  # what half of the text leaves open is no fault of all
+                half = response(self.half)
+        return response(self.whole), half
 
 
 def convergence_rows(

@@ -178,7 +178,9 @@ def load(directory: Path, kinds: Sequence[type[Intervention]]) -> Intervention:
             raise ValueError(f"tensors of shapes {shapes}, described as {description['shapes']}")
         return by_name[description["kind"]].from_saved(description, tensors, by_name)
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        found = "none" if missing else f"{type(error).__name__}: {error}"
         raise RequestError(
             f"expected a saved intervention (intervention.json and intervention.safetensors) in "
-            f"{directory}, found {type(error).__name__}: {error}; name a run's intervention/"
+            f"{directory}, found {found}; name a run's directory or its intervention/"
         ) from error

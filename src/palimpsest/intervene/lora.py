@@ -19,6 +19,7 @@ from palimpsest.intervene.editor import Editing, Editor, diverged, tuning_rows
 from palimpsest.intervene.finetune import Completions
 from palimpsest.model.architecture import part
 from palimpsest.model.handle import ModelHandle
+from palimpsest.model.memory import within_memory
 from palimpsest.model.site import Change, Site
 
 ADAPTER = "fact"
@@ -76,7 +77,7 @@ class LoraFineTune(Editor):
         if importlib.util.find_spec("peft") is None:
             raise RequestError(
                 "expected the package peft, which trains the adapters, found none; "
-                "pip install 'palimpsest-lm[lora]'"
+                "pip install 'peft>=0.15'"
             )
 
     def begin(self, model: ModelHandle, site: Site) -> "_Tuning":
@@ -106,7 +107,7 @@ class _Tuning(Editing):
     def edit(self, model: ModelHandle, facts: tuple[Fact, ...], independent: bool) -> Composition:
         """One adapter for each fact, or one for all."""
         groups = [(fact,) for fact in facts] if independent else [facts]
-        tuned = [self._tune(model, group) for group in groups]
+        tuned = [within_memory(self._tune)(model, group) for group in groups]
         losses = [loss for _, loss in tuned]
         failed = diverged(groups, losses)
         parts = tuple(

@@ -34,7 +34,7 @@ class Inverse:
             raise RequestError(
                 f"expected second moments of full rank {width}, found a singular matrix; raise "
                 f"intervene.moments.tokens to at least {10 * width} (ten tokens a dimension), or "
-                "take intervene.variant=plain where units are dead on any text"
+                "where units are dead on any text take an editor without C, such as rome_plain"
             )
         return cls(factor)
 
@@ -49,12 +49,14 @@ def unit_response(direction: Tensor, key: Tensor) -> Tensor:
 
 
 def dual(direction: Tensor, key: Tensor) -> Tensor:
-    """Rows L with L K = 1: `(U Kᵀ)⁻¹ U` for directions and keys `[F, d]`.
+    """Rows L with L K = 1: `(U Kᵀ)⁻¹ U` for directions and keys `[F, d]`; NaN of such.
 
     Raises:
         RequestError: the keys are linearly dependent.
     """
     gram = direction @ key.T
+    if not gram.isfinite().all():
+        return torch.full_like(direction, torch.nan)
     condition = float(torch.linalg.cond(gram))
     if not condition < 1e12:
         raise RequestError(

@@ -88,7 +88,7 @@ class Spread(ValueEditor):
         layers = self.layers(site)
         second = self.moment_source.several(model, layers)
         whiteners = {layer: Whitener.of(second[layer]) for layer in layers}
-        return Written(self, layers, self.contexts(model), whiteners)
+        return _Whitened(self, layers, self.contexts(model), whiteners)
 
 
 @dataclass(frozen=True)
@@ -99,29 +99,20 @@ class Written(Editing):
         method: its hyper-parameters.
         layers: changed, from below.
         contexts: the prefixes.
-        whiteners: C⁻¹ by layer.
     """
 
     method: Spread
     layers: tuple[int, ...]
     contexts: tuple[str, ...]
-    whiteners: Mapping[int, Whitener]
 
+    @abstractmethod
     def left(self, layer: int, key: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`(Kᵀ C⁻¹ K + penalty 1)⁻¹ Kᵀ C⁻¹` of each group, and with half of C's tokens.
+        """ΔW's row factors of each group, and what they would be with half of C's tokens.
 
         Args:
             layer: whose W_out.
             key: `[G, n, d_mlp]` float64.
         """
-        penalty = self.method.penalty(key.shape[1])
-
-        def response(inverse: Inverse | None) -> Tensor:
-            assert inverse is not None
-            flat = inverse.apply(key.flatten(0, 1))
-            return ridge(flat.view_as(key), key, penalty)
-
-        return self.whiteners[layer].solve(response)
 
     def edit(self, model: ModelHandle, facts: tuple[Fact, ...], independent: bool) -> Composition:
         """One change for each fact, or one for all."""
@@ -157,6 +148,28 @@ class Written(Editing):
             parts=tuple(parts),
             diagnostics=tuple(rows),
         )
+
+
+@dataclass(frozen=True)
+class _Whitened(Written):
+    """At work with C⁻¹.
+
+    Attributes:
+        whiteners: C⁻¹ by layer.
+    """
+
+    whiteners: Mapping[int, Whitener]
+
+    def left(self, layer: int, key: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`(Kᵀ C⁻¹ K + penalty 1)⁻¹ Kᵀ C⁻¹` of each group."""
+        penalty = self.method.penalty(key.shape[1])
+
+        def response(inverse: Inverse | None) -> Tensor:
+            flat = key.flatten(0, 1)
+            direction = flat if inverse is None else inverse.apply(flat)
+            return ridge(direction.view_as(key), key, penalty)
+
+        return self.whiteners[layer].solve(response)
 
 
 def mean_key(seen: Seen) -> Tensor:

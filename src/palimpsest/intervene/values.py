@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -66,7 +67,8 @@ class ValueSearch:
         kl: weight of KL(p_new ‖ p_old) on "{subject} is a", read at the subject's last token.
         weight_decay: weight of ‖δ‖ / ‖v₀‖².
         clamp: δ is projected to ‖δ‖ ≤ clamp · ‖v₀‖ after each step.
-        stop_below: a fact whose loss falls below this (nats) is left as it is.
+        stop_below: a fact whose loss falls below this (nats) is left as it is; not so of `erase`,
+            whose loss is a probability.
         objective: what is written.
         noise: standard deviation of the noise, in those of the input embeddings.
         seed: of the noise.
@@ -113,7 +115,7 @@ class ValueSearch:
     def find(
         self, model: ModelHandle, facts: Sequence[Fact], site: Site, contexts: tuple[str, ...]
     ) -> Values:
-        """v* of each fact, from the cache or optimised.
+        """v* of each fact, from the cache or optimised, as many facts at a time as fill a batch.
 
         Args:
             model: the model as it stands, changed perhaps.
@@ -121,18 +123,28 @@ class ValueSearch:
             site: `mlp` for an output of W_out, `residual` for a block's.
             contexts: put before the prompts, besides the bare prompt.
         """
+        some = max(1, model.batch_size // (len(contexts) + 2))
+        chunks = [facts[first : first + some] for first in range(0, len(facts), some)]
+        found = [self._found(model, chunk, site, contexts) for chunk in chunks]
+        return Values(**{name: torch.cat([each[name] for each in found]) for name in found[0]})
+
+    def _found(
+        self, model: ModelHandle, facts: Sequence[Fact], site: Site, contexts: tuple[str, ...]
+    ) -> dict[str, Tensor]:
         key = {
-            "version": 3,
+            "version": 4,
             "search": asdict(self),
             "model": model.state,
             "prefix": model.prefix,
             "batch_size": model.batch_size,
+            "device": model.device.type,
+            "torch": torch.__version__,
             "site": [site.layer, site.part],
             "contexts": list(contexts),
             "facts": [[f.prompt.text, f.prompt.span, f.subject, f.true, f.new] for f in facts],
         }
         search = within_memory(lambda model: self.optimise(model, facts, site, contexts))
-        return Values(**cached_tensors("values", key, lambda: search(model)))
+        return cached_tensors("values", key, lambda: search(model))
 
     def optimise(
         self, model: ModelHandle, facts: Sequence[Fact], site: Site, contexts: tuple[str, ...]
@@ -144,10 +156,12 @@ class ValueSearch:
         delta = torch.zeros_like(start, requires_grad=True)
         adam = torch.optim.Adam([delta], lr=self.lr)
         limit = self.clamp * start.norm(dim=1, keepdim=True)
+        enough = -torch.inf if self.objective == "erase" else self.stop_below
         for step in range(self.steps):
             adam.zero_grad()
-            loss = self._loss(model, parts, delta, start)
-            going = loss >= self.stop_below
+            with torch.set_grad_enabled(step < self.steps - 1):
+                loss = self._loss(model, parts, delta, start)
+            going = loss >= enough
             if step == self.steps - 1 or not bool(going.any()):
                 break
             before = delta.detach().clone()
@@ -186,14 +200,14 @@ class ValueSearch:
     def _loss(
         self, model: ModelHandle, parts: Sequence["_Part"], delta: Tensor, start: Tensor
     ) -> Tensor:
-        """Each fact's loss `[F]`; gradients are left in `delta.grad`, part by part."""
+        """Each fact's loss `[F]`; gradients, if any, are left in `delta.grad`, part by part."""
         decay = self.weight_decay * delta.norm(dim=1) / start.norm(dim=1) ** 2
-        decay.sum().backward()
-        total: Tensor = decay.detach()
-        for part in parts:
-            loss = part.loss(model, delta, self.objective == "erase", self.kl)
-            loss.sum().backward()
-            total = total + loss.detach()
+        total = torch.zeros_like(decay)
+        shares = (part.loss(model, delta, self.objective == "erase", self.kl) for part in parts)
+        for share in chain([decay], shares):
+            if share.requires_grad:
+                share.sum().backward()
+            total = total + share.detach()
         return total
 
 
@@ -316,7 +330,8 @@ def _captured(
 def _part(model: ModelHandle, group: Sequence[Tokens], site: Site, count: int) -> _Part:
     device = model.device
     starts = torch.tensor([row.at("last_subject") for row in group], device=device)
-    resume = Resume.capture(model, collate(group, device), site.layer, starts)
+    runs = [replace(row, ids=row.ids[: _last_read(row) + 1]) for row in group]
+    resume = Resume.capture(model, collate(runs, device), site.layer, starts)
     reads = [
         (n, at - 1 - row.at("last_subject"), row.ids[at])
         for n, row in enumerate(group)
@@ -328,3 +343,8 @@ def _part(model: ModelHandle, group: Sequence[Tokens], site: Site, count: int) -
     with torch.no_grad():
         reference = torch.log_softmax(logits(model, resume.run(model)[essence, 0]), -1)
     return _Part(resume, site, row, column, token, length, count, essence, reference)
+
+
+def _last_read(row: Tokens) -> int:
+    """The last place of a row that anything is read at."""
+    return len(row.ids) - 2 if len(row.ids) > row.prompt else row.at("last_subject")

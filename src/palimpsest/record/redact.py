@@ -2,13 +2,19 @@
 
 import os
 import re
+from typing import Any
 
 _SECRET_NAME = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
-_SECRETS = re.compile(
+_CREDENTIALS = re.compile(
     r"""
     (?<=://)[^/\s@]+(?=@)                                    # user:password@ in an address
     | \b(?:hf|sk|ghp|gho|pypi|wandb_v1|github_pat)[-_][\w-]{16,}  # tokens with a known prefix
-    | \b[0-9a-f]{40}\b                                       # a wandb API key
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+_SECRETS = re.compile(
+    r"""
+    \b[0-9a-f]{40}\b                                         # a wandb API key
     | (?<=bearer\ )\S+
     | (?:(?<=key=)|(?<=token=)|(?<=secret=)|(?<=password=))[^\s&]+
     """,
@@ -29,10 +35,19 @@ def one_line(error: BaseException | str) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """The text without the values of environment variables that speak of keys or passwords."""
+    """The text without credentials, and without what environment variables hold of keys."""
     for value in _environment_secrets():
         text = text.replace(value, "[redacted]")
-    return text
+    return _CREDENTIALS.sub("[redacted]", text)
+
+
+def redacted(value: Any) -> Any:
+    """A JSON-able value, every text in it without secrets."""
+    if isinstance(value, str):
+        return without_secrets(value)
+    if isinstance(value, dict):
+        return {key: redacted(item) for key, item in value.items()}
+    return [redacted(item) for item in value] if isinstance(value, list) else value
 
 
 def _environment_secrets() -> list[str]:
