@@ -184,7 +184,7 @@ def test_a_fit_that_fails_leaves_the_model_alone(
     with pytest.raises(KeyboardInterrupt), failing(model, 3, KeyboardInterrupt(), after):
         method.fit(
             model, splits(TARGETS[:4]), Site(2, "mlp")
-        )  # one batch, kept whole or not at all
+        )  # a single batch
     assert_untouched(model, before)
     assert not any(parameter.requires_grad for parameter in model.model.parameters())
     assert not list(empty_cache.rglob("*.safetensors"))

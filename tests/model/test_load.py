@@ -172,6 +172,7 @@ COMPARE = """
 import sys
 import torch
 from palimpsest.facts.fact import Prompt
+from palimpsest.model.forward import keys, score
 from palimpsest.model.load import Pretrained
 
 plain, compiled = (Pretrained(path=sys.argv[1], device="cpu", compile=c).load() for c in (0, 1))
