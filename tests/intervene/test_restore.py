@@ -182,9 +182,7 @@ def test_a_fit_that_fails_leaves_the_model_alone(
     before = weights(model)
     method = Rome(variant="plain", search=ValueSearch(3), prefixes=GivenPrefixes([]))
     with pytest.raises(KeyboardInterrupt), failing(model, 3, KeyboardInterrupt(), after):
-        method.fit(
-            model, splits(TARGETS[:4]), Site(2, "mlp")
-        )  # a single batch
+        method.fit(model, splits(TARGETS[:4]), Site(2, "mlp"))  # a single batch
     assert_untouched(model, before)
     assert not any(parameter.requires_grad for parameter in model.model.parameters())
     assert not list(empty_cache.rglob("*.safetensors"))
