@@ -60,7 +60,7 @@ def check_undone(call, tiny, directory: Path, tmp_path: Path) -> None:
     back = tmp_path / "back"
     outcome = call("apply", "--undo", "--model", directory, "--output", back)
     assert outcome.code == 0, outcome.err
-    assert outcome.err.startswith(f"{back}: model as it was; fingerprint ")
+    assert outcome.err.startswith(f"{back}: 'model' as it was; fingerprint ")
     wanted = AutoModelForCausalLM.from_pretrained(tiny.model).state_dict()
     found = AutoModelForCausalLM.from_pretrained(back).state_dict()
     assert found.keys() == wanted.keys()
@@ -80,7 +80,7 @@ def test_the_written_model_says_what_the_run_says(name, call, tiny, runs, tmp_pa
     assert record["model"]["fingerprint"] == run.run["model"]["fingerprint"]
     changed = ", ".join(record["changed"])
     assert outcome.err == (
-        f"{out}: model, changed in {changed}; fingerprint {record['fingerprint'][:12]}, "
+        f"{out}: 'model', changed in {changed}; fingerprint {record['fingerprint'][:12]}, "
         "read back and found the same\n"
     )
     assert [says(out, fact["prompt"]) for fact in run.facts] == [said(f) for f in run.facts]
@@ -264,7 +264,7 @@ def test_a_fact_that_could_not_be_changed_is_not_applied(call, tiny, runs, tmp_p
     described["change"]["failed"] = {fact: "the search came to no finite loss"}
     place.write_text(json.dumps(described))
     words = ["--intervention", "run", "--model", tiny.model, "--output", "out", "--fact", fact]
-    message = rf"expected a fact that was changed, found '{fact}' \(the search came to no finite"
+    message = rf"expected a fact that was changed, found '{fact}' \('the search came to no finite"
     check_one_line(call("apply", *words), message)
 
 
