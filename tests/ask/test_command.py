@@ -77,7 +77,7 @@ def test_a_named_relation_is_taken(call, words):
         ({}, ["--htlm", "a"], r"expected the arguments of `palimpsest.*`, found: .*--htlm"),
         ({}, ["locate.layer=9"], r"a layer from 0 to 3 for model, found 9; set locate\.layer"),
         ({}, ["locate.lyer=1"], r"found 'locate\.lyer'; did you mean 'locate\.layer'"),
-        ({}, ["locate.layer"], r"expected KEY=VALUE in Hydra's grammar, found 'locate\.layer'"),
+        ({}, ["locate.layer"], r"expected KEY=VALUE after the prompt, found 'locate\.layer'"),
         ({}, ["intervene=rome"], r"expected methods in --methods, found 'intervene=rome'; write"),
         ({}, ["intervene.variant=plain"], r"METHOD:KEY=VALUE .* found 'intervene\.variant=plain'"),
         ({}, ["roem:locate.layer=1"], r"METHOD:KEY=VALUE .* found 'roem:.*; did you mean 'rome'"),
