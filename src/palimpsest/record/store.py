@@ -205,7 +205,7 @@ class RunStore:
         with atomic(self.directory / "rows.parquet") as temporary, _database() as database:
             database.execute(
                 f"COPY (SELECT * FROM {source} ORDER BY {_ORDER}) TO ? "
-                "(FORMAT parquet, COMPRESSION zstd)",
+                "(FORMAT parquet, COMPRESSION zstd, USE_TMP_FILE false)",  # `temporary` is one
                 [str(temporary)],
             )
         (self.directory / _ROWS).unlink(missing_ok=True)
