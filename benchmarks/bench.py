@@ -5,6 +5,7 @@ Nothing is asserted about time. docs/performance.md holds the figures of one mac
 """
 
 import argparse
+import ctypes
 import math
 import os
 import random
@@ -48,11 +49,11 @@ def main() -> None:
     handle = gpt2_small()
     print(f"random GPT-2-small, float32, {torch.get_num_threads()} threads; CPU-seconds")
     print(f"{'work':<58}{'plain':>9}{'engine':>9}{'ratio':>8}{'error':>11}")
+    memory(handle, "C given", rome(GivenMoments({LAYER: spd(handle)})))
+    memory(handle, "without C", rome())
     line("v* of one ROME edit, layer 5, 22 prompts, 20 evaluations", *value_search(handle))
     line("second moments of 12 layers, 4,096 tokens, whole passes", *moments(handle, False))
     line("the same, each pass stopped at its layer", *moments(handle, True))
-    memory(handle, "C given", rome(GivenMoments({LAYER: spd(handle)})))
-    memory(handle, "without C", rome())
     smollm2 = Pretrained(prefix="\n").load()
     rows = fact_rows(smollm2, counterfact)
     source = "the built-in facts'" if counterfact is None else "CounterFact's"
@@ -268,6 +269,7 @@ def memory(handle: ModelHandle, name: str, method: Rome) -> None:
 def peak_memory(restart: bool = False) -> int:
     """Most memory resident so far (bytes), from now on if restarted; Linux alone keeps it."""
     if restart:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be taken again unseen
         Path("/proc/self/clear_refs").write_text("5")
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
