@@ -1,6 +1,7 @@
 """Low-rank changes of one W_out, for one fact each or for all at once."""
 
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -16,12 +17,39 @@ from palimpsest.model.tokens import NOBODY
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightDeltas(Intervention):
+class OutDeltas(Intervention):
+    """A change ΔW of one layer's W_out: one for each fact if it is independent, otherwise one.
+
+    In a forward pass each prompt feels its owner's ΔW alone, at every token, in float32 as if the
+    weight were changed; a single ΔW really changes the weight, rounded to its precision.
+    """
+
+    @property
+    def layer(self) -> int:
+        """The layer whose W_out is changed."""
+        assert self.change.layer is not None
+        return self.change.layer
+
+    @abstractmethod
+    def matrix(self, fact: int) -> Tensor:
+        """ΔW of one fact, `[d_model, d_mlp]` float32."""
+
+    @abstractmethod
+    def per_prompt(self, handle: ModelHandle) -> AbstractContextManager[None]:
+        """Let each prompt feel its owner's ΔW while the context lasts."""
+
+    def changing(self, handle: ModelHandle) -> AbstractContextManager[None]:
+        """Change the model while the context lasts."""
+        if self.change.independent:
+            return self.per_prompt(handle)
+        return added(handle.w_out(self.layer), self.matrix(0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightDeltas(OutDeltas):
     """`ΔW_f = Σ_j right[f, j] left[f, j]ᵀ`, added to W_out of the change's layer.
 
-    If the change is independent there is one delta a fact, and in a forward pass each prompt feels
-    its owner's alone: `W k + right (left · k)` at every token, exactly as if the weight were
-    changed. Otherwise there is a single delta (F = 1), and the weight is really changed.
+    There is one delta a fact if the change is independent, otherwise a single one (F = 1).
 
     Attributes:
         left: `[F, r, d_mlp]` float32.
@@ -40,12 +68,6 @@ class WeightDeltas(Intervention):
         """ΔW of one fact, `[d_model, d_mlp]` float32."""
         return self.right[fact].T @ self.left[fact]
 
-    @property
-    def layer(self) -> int:
-        """The layer whose W_out is changed."""
-        assert self.change.layer is not None
-        return self.change.layer
-
     def plus(self, other: Intervention) -> Intervention:
         """Both sums in one; each delta keeps its own rows."""
         if not isinstance(other, WeightDeltas) or other.layer != self.layer:
@@ -57,35 +79,42 @@ class WeightDeltas(Intervention):
             right=torch.cat([self.right, other.right], 1),
         )
 
-    def changing(self, handle: ModelHandle) -> AbstractContextManager[None]:
-        """Change the model while the context lasts."""
-        return self._per_prompt(handle) if self.change.independent else self._in_weight(handle)
-
-    @contextmanager
-    def _in_weight(self, handle: ModelHandle) -> Iterator[None]:
-        weight = handle.w_out(self.layer)
-        with added(weight, self.matrix(0)):
-            yield
-
-    @contextmanager
-    def _per_prompt(self, handle: ModelHandle) -> Iterator[None]:
-        w_out = handle.module(Site(self.layer, "mlp"))
+    def per_prompt(self, handle: ModelHandle) -> AbstractContextManager[None]:
+        """`right (left · k)` of each prompt's owner is added at every token."""
         left, right = self.left.to(handle.device), self.right.to(handle.device)
-        keys: list[Tensor] = []
 
-        def remember(key: Tensor) -> None:
-            keys[:] = [key]
-
-        def add(value: Tensor) -> Tensor:
-            if handle.running is None:
-                raise RuntimeError("per-fact deltas need a batch with owners: use model.forward")
-            owner = handle.running.owner
+        def response(key: Tensor, owner: Tensor) -> Tensor:
             mine = (owner != NOBODY).float()[:, None, None]
-            multiplier = keys[0].float() @ left[owner].mT * mine
-            return value + (multiplier @ right[owner]).to(value)
+            multiplier = key.float() @ left[owner].mT * mine
+            return multiplier @ right[owner]
 
-        with handle.hooked_input([(w_out, remember)]), handle.hooked([(w_out, add)]):
-            yield
+        return responding(handle, self.layer, response)
+
+
+@contextmanager
+def responding(
+    handle: ModelHandle, layer: int, response: Callable[[Tensor, Tensor], Tensor]
+) -> Iterator[None]:
+    """Add to W_out's output a function of its input and of whose prompt each row is.
+
+    Args:
+        handle: the model.
+        layer: whose W_out.
+        response: of keys `[n, t, d_mlp]` and owners `[n]`; gives `[n, t, d_model]`.
+    """
+    w_out = handle.module(Site(layer, "mlp"))
+    keys: list[Tensor] = []
+
+    def remember(key: Tensor) -> None:
+        keys[:] = [key]
+
+    def add(value: Tensor) -> Tensor:
+        if handle.running is None:
+            raise RuntimeError("per-fact deltas need a batch with owners: use model.forward")
+        return value + response(keys[0], handle.running.owner).to(value)
+
+    with handle.hooked_input([(w_out, remember)]), handle.hooked([(w_out, add)]):
+        yield
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Changes of one W_out of any rank, as fine-tuning makes them."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -9,14 +8,14 @@ import torch
 from torch import Tensor
 
 from palimpsest.intervene.composition import joined
-from palimpsest.intervene.deltas import added
+from palimpsest.intervene.deltas import OutDeltas, responding
 from palimpsest.intervene.intervention import Intervention
 from palimpsest.model.handle import ModelHandle
-from palimpsest.model.site import Site
+from palimpsest.model.tokens import NOBODY
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseDeltas(Intervention):
+class DenseDeltas(OutDeltas):
     """ΔW itself, one for each fact if the change is independent, otherwise one (F = 1).
 
     Attributes:
@@ -30,12 +29,6 @@ class DenseDeltas(Intervention):
         """`delta`."""
         return {"delta": self.delta}
 
-    @property
-    def layer(self) -> int:
-        """The layer whose W_out is changed."""
-        assert self.change.layer is not None
-        return self.change.layer
-
     def matrix(self, fact: int) -> Tensor:
         """ΔW of one fact, `[d_model, d_mlp]` float32."""
         return self.delta[fact]
@@ -46,15 +39,12 @@ class DenseDeltas(Intervention):
             return super().plus(other)
         return replace(self, change=joined([self, other]), delta=self.delta + other.delta)
 
-    def changing(self, handle: ModelHandle) -> AbstractContextManager[None]:
-        """Change the model while the context lasts."""
-        if not self.change.independent:
-            return added(handle.w_out(self.layer), self.delta[0])
-        return per_prompt(handle, self.layer, self.delta.to(handle.device))
+    def per_prompt(self, handle: ModelHandle) -> AbstractContextManager[None]:
+        """`ΔW k` of each prompt's owner is added at every token."""
+        return by_owner(handle, self.layer, self.delta.to(handle.device))
 
 
-@contextmanager
-def per_prompt(handle: ModelHandle, layer: int, delta: Tensor) -> Iterator[None]:
+def by_owner(handle: ModelHandle, layer: int, delta: Tensor) -> AbstractContextManager[None]:
     """Let each prompt feel its owner's ΔW alone; gradients flow to `delta`.
 
     Args:
@@ -62,21 +52,12 @@ def per_prompt(handle: ModelHandle, layer: int, delta: Tensor) -> Iterator[None]
         layer: whose W_out.
         delta: `[F, d_model, d_mlp]`.
     """
-    w_out = handle.module(Site(layer, "mlp"))
-    keys: list[Tensor] = []
 
-    def remember(key: Tensor) -> None:
-        keys[:] = [key]
+    def response(key: Tensor, owner: Tensor) -> Tensor:
+        change = torch.zeros(*key.shape[:2], delta.shape[1], dtype=delta.dtype, device=key.device)
+        for one in owner.unique().tolist():
+            if one != NOBODY:  # one owner at a time: a copy of ΔW for each prompt would be large
+                change[owner == one] = key[owner == one].to(delta) @ delta[one].T
+        return change
 
-    def add(value: Tensor) -> Tensor:
-        if handle.running is None:
-            raise RuntimeError("per-fact deltas need a batch with owners: use model.forward")
-        change = torch.zeros_like(value, dtype=delta.dtype)
-        for owner in handle.running.owner.unique().tolist():
-            if owner >= 0:  # one owner at a time: a copy of ΔW for each prompt would be large
-                mine = handle.running.owner == owner
-                change[mine] = keys[0][mine].to(delta) @ delta[owner].T
-        return value + change.to(value)
-
-    with handle.hooked_input([(w_out, remember)]), handle.hooked([(w_out, add)]):
-        yield
+    return responding(handle, layer, response)

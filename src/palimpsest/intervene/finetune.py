@@ -9,7 +9,7 @@ from torch import Tensor
 
 from palimpsest.errors import RequestError, check_at_least
 from palimpsest.facts.fact import Fact
-from palimpsest.intervene.dense import DenseDeltas, per_prompt
+from palimpsest.intervene.dense import DenseDeltas, by_owner
 from palimpsest.intervene.editor import (
     Editing,
     Editor,
@@ -89,7 +89,7 @@ class _Tuning(Editing):
         parts = Completions.of(model, facts, self.layer)
         for step in range(self.method.steps + 1):
             adam.zero_grad()
-            with per_prompt(model, self.layer, delta):
+            with by_owner(model, self.layer, delta):
                 loss = sum(part.backward(model) for part in parts)
             if step == self.method.steps or not loss >= self.method.stop_below:
                 break
