@@ -13,9 +13,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.facts.splits import split
 from palimpsest.facts.world import World
 from palimpsest.intervene.deltas import WeightDeltas
-from palimpsest.intervene.moments import GivenMoments, second_moments
+from palimpsest.intervene.moments import Second, second_moments
 from palimpsest.intervene.prefixes import GivenPrefixes, in_contexts
 from palimpsest.intervene.rome import Rome
 from palimpsest.intervene.values import ValueSearch
@@ -49,7 +50,8 @@ def main() -> None:
     handle = gpt2_small()
     print(f"random GPT-2-small, float32, {torch.get_num_threads()} threads; CPU-seconds")
     print(f"{'work':<58}{'plain':>9}{'engine':>9}{'ratio':>8}{'error':>11}")
-    memory(handle, "C given", rome(GivenMoments({LAYER: spd(handle)})))
+    with kept_moments(spd(handle)) as given:
+        memory(handle, "with C and C over half of the text", rome(given))
     memory(handle, "without C", rome())
     line("v* of one ROME edit, layer 5, 22 prompts, 20 evaluations", *value_search(handle))
     line("second moments of 12 layers, 4,096 tokens, whole passes", *moments(handle, False))
@@ -230,7 +232,31 @@ def second_moments_of_one(handle: ModelHandle, layer: int, ids: Tensor, stopped:
 # -- memory ----------------------------------------------------------------------------------------
 
 
-def rome(moments: GivenMoments | None = None) -> Rome:
+@dataclass(frozen=True)
+class KeptMoments:
+    """One layer's second moments in a file, as the cache keeps them."""
+
+    path: Path
+
+    def several(self, model: ModelHandle, layers: Sequence[int]) -> dict[int, Second]:
+        """Read anew each time."""
+        return {LAYER: Second(self._read, self._read)}
+
+    def _read(self) -> Tensor:
+        return safetensors.torch.load_file(self.path)["moments"]
+
+
+@contextmanager
+def kept_moments(matrix: Tensor) -> Iterator[KeptMoments]:
+    """The matrix in a file; in memory it is gone."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "moments.safetensors"
+        safetensors.torch.save_file({"moments": matrix}, path)
+        del matrix
+        yield KeptMoments(path)
+
+
+def rome(moments: KeptMoments | None = None) -> Rome:
     """ROME with 20 contexts, plain if there are no second moments."""
     rng = random.Random(1)
     contexts = [text(rng, 5 if i % 2 else 10) for i in range(CONTEXTS)]
@@ -248,7 +274,7 @@ def spd(handle: ModelHandle) -> Tensor:
 
 
 def memory(handle: ModelHandle, name: str, method: Rome) -> None:
-    """What one ROME edit needs above the model and a given C, one row a batch."""
+    """What one ROME edit needs above the model, one row a batch; C is read from its file."""
     rng = random.Random(0)
     fact = some_fact(rng, 0)
     size = sum(p.numel() * p.element_size() for p in handle.model.parameters())

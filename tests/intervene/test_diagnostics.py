@@ -49,7 +49,7 @@ class Halved:
     half: Mapping[int, Tensor]
 
     def several(self, model: ModelHandle, layers: Sequence[int]) -> dict[int, Second]:
-        return {layer: Second(self.whole[layer], self.half[layer]) for layer in layers}
+        return {layer: Second(self.whole[layer].clone, self.half[layer].clone) for layer in layers}
 
 
 def halves(model: ModelHandle, moments: Make) -> Halved:
@@ -107,6 +107,16 @@ def test_convergence_is_the_change_between_half_and_all(
     assert [row.fact_id for row in rows] == facts
     assert {(row.protocol, row.layer) for row in rows} == {("half_of_tokens", SITE.layer)}
     assert values_of(whole, "moments_convergence") == []
+
+
+def test_a_sequence_tells_of_convergence_at_its_first_edit(
+    model: ModelHandle, moments: Make
+) -> None:
+    method, second = METHODS["rome"], halves(model, moments)
+    rows = rows_of(fit(model, method, second, "sequential"), "moments_convergence")
+    assert [row.fact_id for row in rows] == [FACTS[0].id]
+    expected = values_of(fit(model, method, second, "independent"), "moments_convergence")[0]
+    assert rows[0].value == pytest.approx(expected)
 
 
 def test_convergence_of_every_layer_is_that_of_its_own_change(

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from palimpsest.errors import RequestError
-from palimpsest.intervene.moments import GivenMoments, Moments, second_moments
+from palimpsest.intervene.moments import (
+    GivenMoments,
+    Moments,
+    add_gram,
+    mirrored,
+    second_moments,
+)
 from palimpsest.intervene.prefixes import GivenPrefixes
 from palimpsest.intervene.rome import Rome
 from palimpsest.model.handle import ModelHandle
@@ -77,6 +83,15 @@ def test_all_layers_in_one_pass_equal_a_plain_loop(model: ModelHandle, sink: boo
         assert torch.equal(found[layer], found[layer].T)
 
 
+@pytest.mark.parametrize("width", [1, 7, 8, 9, 64, 100])
+def test_a_symmetric_product_equals_the_whole_one(width: int) -> None:
+    rows = torch.randn(50, width, generator=torch.Generator().manual_seed(width)).double()
+    total = torch.zeros(width, width, dtype=torch.float64)
+    for some in rows.split(20):
+        add_gram(total, some)
+    torch.testing.assert_close(mirrored(total), rows.T @ rows)
+
+
 def test_position_0_counts_only_if_it_is_asked_for(gpt2: ModelHandle) -> None:
     ids = torch.randint(0, 300, (4, 6), generator=torch.Generator().manual_seed(1))
     without, with_sink = (second_moments(gpt2, [1], ids, sink)[1] for sink in (False, True))
@@ -88,12 +103,14 @@ def test_position_0_counts_only_if_it_is_asked_for(gpt2: ModelHandle) -> None:
 def test_the_matrix_is_the_texts(model: ModelHandle, empty_cache: Path) -> None:
     rows = SMALL.rows(model)
     expected = plain_loop(model, 2, rows, first=1)
-    torch.testing.assert_close(SMALL.several(model, [2])[2].matrix, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        SMALL.several(model, [2])[2].matrix(), expected, rtol=1e-4, atol=1e-6
+    )
 
 
 def test_given_moments_are_taken_as_they_are(gpt2: ModelHandle) -> None:
     given = torch.eye(3)
-    assert torch.equal(GivenMoments({2: given}).several(gpt2, [2])[2].matrix, given.double())
+    assert torch.equal(GivenMoments({2: given}).several(gpt2, [2])[2].matrix(), given.double())
 
 
 # -- sampled text ----------------------------------------------------------------------------------
@@ -138,10 +155,10 @@ def test_rows_are_rounded_up_to_the_tokens_asked_for(gpt2: ModelHandle, tokens: 
 
 def test_what_is_kept_needs_no_pass(model: ModelHandle, empty_cache: Path) -> None:
     with counting(model) as passes:
-        first = SMALL.several(model, [1])[1].matrix
+        first = SMALL.several(model, [1])[1].matrix()
         assert passes
         passes.clear()
-        assert torch.equal(SMALL.several(model, [1])[1].matrix, first)
+        assert torch.equal(SMALL.several(model, [1])[1].matrix(), first)
         assert passes == []
 
 
@@ -149,14 +166,24 @@ def test_further_layers_come_from_the_same_pass(model: ModelHandle, empty_cache:
     several = Moments(tokens=150, length=16, layers=[0, 3])
     SMALL.rows(model)  # the text is sampled before passes are counted
     with counting(model) as passes:
-        middle = several.several(model, [1])[1].matrix
+        middle = several.several(model, [1])[1].matrix()
         assert sum(passes) == len(SMALL.rows(model))
         passes.clear()
-        kept = {layer: SMALL.several(model, [layer])[layer].matrix for layer in (0, 3)}
+        kept = {layer: SMALL.several(model, [layer])[layer].matrix() for layer in (0, 3)}
         assert passes == []
-    assert torch.equal(middle, SMALL.several(model, [1])[1].matrix)
+    assert torch.equal(middle, SMALL.several(model, [1])[1].matrix())
     expected = second_moments(model, [3], SMALL.rows(model), False)[3]
     torch.testing.assert_close(kept[3], expected, rtol=1e-12, atol=1e-15)
+
+
+def test_what_is_made_of_a_matrix_leaves_the_kept_one(
+    model: ModelHandle, empty_cache: Path
+) -> None:
+    second = SMALL.several(model, [1])[1]
+    first, kept = second.matrix(), {path: path.read_bytes() for path in files(empty_cache)}
+    second.matrix().zero_()
+    assert torch.equal(second.matrix(), first)
+    assert {path: path.read_bytes() for path in files(empty_cache)} == kept
 
 
 OTHERS = [
@@ -171,9 +198,9 @@ OTHERS = [
 def test_another_request_is_another_file(
     gpt2: ModelHandle, empty_cache: Path, other: dict[str, int]
 ) -> None:
-    first = SMALL.several(gpt2, [1])[1].matrix
-    second = Moments(**{"tokens": 150, "length": 16, **other}).several(gpt2, [1])[1].matrix
-    assert len(files(empty_cache)) == 2
+    first = SMALL.several(gpt2, [1])[1].matrix()
+    second = Moments(**{"tokens": 150, "length": 16, **other}).several(gpt2, [1])[1].matrix()
+    assert len(files(empty_cache)) == 2 * 2  # over all tokens, over half of them
     assert not torch.equal(first, second)
 
 
@@ -184,12 +211,12 @@ def test_another_model_layer_or_prefix_is_another_file(
     other.blocks[0].mlp.c_fc.bias.data += 0.1
     prefixed.prefix = "\n"
     found = [
-        SMALL.several(gpt2, [1])[1].matrix,
-        SMALL.several(gpt2, [2])[2].matrix,
-        SMALL.several(other, [1])[1].matrix,
-        SMALL.several(prefixed, [1])[1].matrix,
+        SMALL.several(gpt2, [1])[1].matrix(),
+        SMALL.several(gpt2, [2])[2].matrix(),
+        SMALL.several(other, [1])[1].matrix(),
+        SMALL.several(prefixed, [1])[1].matrix(),
     ]
-    assert len(files(empty_cache)) == 4
+    assert len(files(empty_cache)) == 4 * 2
     assert not any(torch.equal(found[0], each) for each in found[1:])
 
 
@@ -198,14 +225,14 @@ def test_another_model_layer_or_prefix_is_another_file(
 def test_a_damaged_file_is_made_anew(
     gpt2: ModelHandle, empty_cache: Path, kind: str, damage: bytes | None
 ) -> None:
-    first = SMALL.several(gpt2, [1])[1].matrix
-    (kept,) = files(empty_cache, kind)
-    whole = kept.read_bytes()
-    kept.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
+    first = SMALL.several(gpt2, [1])[1].matrix().clone()  # no longer mapped from the file
+    whole = {path: path.read_bytes() for path in files(empty_cache, kind)}
+    for path, kept in whole.items():
+        path.write_bytes(kept[: len(kept) // 2] if damage is None else damage)
     if kind == "text":
         files(empty_cache)[0].unlink()
-    assert torch.equal(SMALL.several(gpt2, [1])[1].matrix, first)
-    assert kept.read_bytes() == whole
+    assert torch.equal(SMALL.several(gpt2, [1])[1].matrix(), first)
+    assert {path: path.read_bytes() for path in whole} == whole
     assert {path.suffix for path in empty_cache.rglob("*") if path.is_file()} == {".safetensors"}
 
 
@@ -250,11 +277,11 @@ def test_moments_follow_the_files_content_not_its_name(
     one, two = tmp_path / "one.txt", tmp_path / "two.txt"
     for path in (one, two):
         path.write_text(" ".join(CORPUS), encoding="utf-8")
-    first = from_file(one).several(gpt2, [1])[1].matrix
-    assert torch.equal(from_file(two, seed=3).several(gpt2, [1])[1].matrix, first)
-    assert len(files(empty_cache)) == 1
+    first = from_file(one).several(gpt2, [1])[1].matrix()
+    assert torch.equal(from_file(two, seed=3).several(gpt2, [1])[1].matrix(), first)
+    assert len(files(empty_cache)) == 2
     one.write_text(" ".join(reversed(CORPUS)), encoding="utf-8")
-    assert not torch.equal(from_file(one).several(gpt2, [1])[1].matrix, first)
+    assert not torch.equal(from_file(one).several(gpt2, [1])[1].matrix(), first)
 
 
 def test_a_missing_file_is_named(gpt2: ModelHandle, tmp_path: Path) -> None:
@@ -265,7 +292,7 @@ def test_a_missing_file_is_named(gpt2: ModelHandle, tmp_path: Path) -> None:
     path.write_text(" ".join(CORPUS))
     moments = from_file(path)
     path.unlink()
-    for ask in (moments.rows, lambda model: moments.several(model, [0])[0].matrix):
+    for ask in (moments.rows, lambda model: moments.several(model, [0])[0].matrix()):
         with pytest.raises(RequestError, match=message):
             ask(gpt2)
 

@@ -63,7 +63,7 @@ def literal(
     target: tuple[Fact, ...] = TARGETS,
 ) -> list[literal_rome.Edit]:
     """The slow one, for each target."""
-    matrix = moments(model).several(model, [layer])[layer].matrix if variant == "moments" else None
+    matrix = moments(model).given[layer].double() if variant == "moments" else None
     return [literal_rome.edit(model, f, layer, CONTEXTS, matrix, search) for f in target]
 
 
@@ -287,4 +287,13 @@ def test_a_solution_solves() -> None:
     samples = torch.randn(400, 128, generator=generator, dtype=torch.float64)
     samples *= torch.logspace(-4, 4, 128, dtype=torch.float64)  # badly scaled is not singular
     moments, rows = samples.T @ samples / 400, samples[:3]
-    torch.testing.assert_close(Inverse.of(moments).apply(rows) @ moments, rows)
+    torch.testing.assert_close(Inverse.of(moments.clone()).apply(rows) @ moments, rows)
+
+
+def test_a_factor_takes_the_place_of_its_matrix() -> None:
+    samples = torch.randn(400, 128, generator=torch.Generator().manual_seed(0)).double()
+    moments = samples.T @ samples
+    expected = torch.linalg.cholesky(moments)
+    factor = Inverse.of(moments).factor
+    assert factor.data_ptr() == moments.data_ptr()
+    torch.testing.assert_close(factor, expected)

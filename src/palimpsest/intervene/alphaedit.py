@@ -50,8 +50,8 @@ class AlphaEdit(Spread):
             half = None
             if second.half is not None:
                 with suppress(RequestError):  # what half of the text leaves open is no fault of all
-                    half = self._null_space(second.half)
-            spaces[layer] = (self._null_space(second.matrix), half)
+                    half = self._null_space(second.half())
+            spaces[layer] = (self._null_space(second.matrix()), half)
         return _AlphaEdit(self, layers, self.contexts(model), spaces)
 
     def _null_space(self, moments: Tensor) -> Tensor:

@@ -291,38 +291,34 @@ def _row(
 # -- second moments --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class Whitener:
-    """Turns keys to directions, U = K C⁻¹.
+    """Turns keys to directions, U = K C⁻¹; without second moments C is 1."""
 
-    Attributes:
-        whole: C⁻¹ over all tokens; None stands for C = 1.
-        half: the same over half of the tokens; None if that is not known or singular.
-    """
-
-    whole: Inverse | None = None
-    half: Inverse | None = None
-
-    @classmethod
-    def of(cls, second: Second) -> "Whitener":
-        """Factor the moments of one layer.
+    def __init__(self, second: Second | None = None) -> None:
+        """Refuse a C that cannot be inverted; it is factored when the first facts are there.
 
         Raises:
             RequestError: C over all tokens is singular.
         """
-        half = None
-        if second.half is not None:
-            with suppress(RequestError):
-                half = Inverse.of(second.half)
-        return cls(Inverse.of(second.matrix), half)
+        self._second = second
+        self._inverse: Inverse | None = None
+        if second is not None:
+            Inverse.of(second.matrix())
 
     def solve(self, response: Callable[[Inverse | None], Tensor]) -> tuple[Tensor, Tensor | None]:
-        """What an editor makes of C⁻¹, and what it would make of half of the tokens."""
+        """What an editor makes of C⁻¹, and at the first call what it would make of half the tokens.
+
+        At no time are two matrices of C's size in memory.
+        """
+        if self._second is None:
+            return response(None), None
         half = None
-        if self.half is not None:
-            with suppress(RequestError):  # what half of the text leaves open is no fault of all
-                half = response(self.half)
-        return response(self.whole), half
+        if self._inverse is None:
+            if self._second.half is not None:
+                with suppress(RequestError):  # what half of the text leaves open is no fault of all
+                    half = response(Inverse.of(self._second.half()))
+            self._inverse = Inverse.of(self._second.matrix())
+        return response(self._inverse), half
 
 
 def convergence_rows(

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,16 +30,16 @@ class MomentSource(Protocol):
 
 @dataclass(frozen=True)
 class Second:
-    """The second moments of one layer.
+    """The second moments of one layer, read when they are asked for: they are large.
 
     Attributes:
-        matrix: C `[d_mlp, d_mlp]` float64, uncentred.
+        matrix: gives C `[d_mlp, d_mlp]` float64, uncentred, each time a tensor of its own.
         half: the same over the first half of the text, to see whether there is enough of it; None
             of a text that cannot be halved.
     """
 
-    matrix: Tensor
-    half: Tensor | None = None
+    matrix: Callable[[], Tensor]
+    half: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,49 +82,59 @@ class Moments:
         Raises:
             RequestError: no such layer; the text cannot be read or is too short.
         """
-        asked = dict.fromkeys([*layers, *self.layers])
-        for each in asked:
-            model.check_layer(each, "intervene.moments.layers")
+        missing = list(dict.fromkeys([*layers, *self.layers]))
         computed: dict[int, dict[str, Tensor]] = {}
 
-        def compute(wanted: int) -> dict[str, Tensor]:
-            if wanted not in computed:
-                computed.update(self._compute(model, sorted(asked.keys() - found.keys())))
-            return computed[wanted]
+        def load(layer: int, part: str) -> Tensor:
+            def make() -> dict[str, Tensor]:
+                if layer not in computed:
+                    computed.update(self._compute(model, missing or [layer]))
+                return {part: computed[layer][part]}
 
-        found: dict[int, Second] = {}
-        for each in asked:
-            key = {**self._key(model), "layer": each}
-            tensors = cached_tensors("moments", key, lambda each=each: compute(each))  # type: ignore[misc]
-            found[each] = Second(**tensors)
-        return {layer: found[layer] for layer in layers}
+            key = {**self._key(model), "layer": layer, "part": part}
+            return cached_tensors("moments", key, make)[part]
+
+        for each in missing:
+            model.check_layer(each, "intervene.moments.layers")
+        halved = self._count(model) > 1
+        while missing:
+            for part in ("matrix", "half") if halved else ("matrix",):
+                load(missing[0], part)
+            del missing[0]
+        computed.clear()
+        return {
+            layer: Second(
+                partial(load, layer, "matrix"), partial(load, layer, "half") if halved else None
+            )
+            for layer in layers
+        }
 
     def _compute(self, model: ModelHandle, layers: list[int]) -> dict[int, dict[str, Tensor]]:
         """`matrix` and `half` by layer."""
         rows = self.rows(model)
         some = len(rows) // 2
+        whole = second_moments(model, layers, rows[some:], self.sink)
         if not some:
-            whole = second_moments(model, layers, rows, self.sink)
             return {layer: {"matrix": matrix} for layer, matrix in whole.items()}
-        half, rest = (
-            second_moments(model, layers, r, self.sink) for r in (rows[:some], rows[some:])
-        )
-        share = some / len(rows)
-        return {
-            layer: {"matrix": share * half[layer] + (1 - share) * rest[layer], "half": half[layer]}
-            for layer in layers
-        }
+        half = second_moments(model, layers, rows[:some], self.sink)
+        for layer in layers:
+            whole[layer].lerp_(half[layer], some / len(rows))
+        return {layer: {"matrix": whole[layer], "half": half[layer]} for layer in layers}
 
     def rows(self, model: ModelHandle) -> Tensor:
         """Token ids `[rows, length]` of the text, each row opened by the model's prefix."""
-        wanted = self.tokens if self.tokens is not None else 10 * model.w_out(0).shape[1]
         start = start_ids(model)
-        fresh = self.length - len(start)
-        check_at_least("intervene.moments.length", self.length, len(start) + 1)
-        count = -(-wanted // fresh)
+        fresh, count = self.length - len(start), self._count(model)
         if self.text is None:
             return self._sampled(model, count, fresh)
         return self._read(model, Path(self.text), start, count, fresh)
+
+    def _count(self, model: ModelHandle) -> int:
+        """How many rows the wanted number of tokens fills."""
+        wanted = self.tokens if self.tokens is not None else 10 * model.w_out(0).shape[1]
+        opening = len(start_ids(model))
+        check_at_least("intervene.moments.length", self.length, opening + 1)
+        return -(-wanted // (self.length - opening))
 
     def _sampled(self, model: ModelHandle, count: int, fresh: int) -> Tensor:
         def make() -> dict[str, Tensor]:
@@ -150,7 +161,7 @@ class Moments:
 
     def _key(self, model: ModelHandle) -> dict[str, Any]:
         return {
-            "version": 2,
+            "version": 3,
             "model": model.state,
             "prefix": model.prefix,
             "text": None if self.text is None else sha256_file(existing(Path(self.text))),
@@ -173,7 +184,10 @@ class GivenMoments:
 
     def several(self, model: ModelHandle, layers: Sequence[int]) -> dict[int, Second]:
         """The given matrices in float64."""
-        return {layer: Second(self.given[layer].double()) for layer in layers}
+        return {layer: Second(partial(self._copy, layer)) for layer in layers}
+
+    def _copy(self, layer: int) -> Tensor:
+        return self.given[layer].to(torch.float64, copy=True)
 
 
 @within_memory
@@ -197,8 +211,10 @@ def second_moments(
 
     def add(layer: int) -> Callable[[Tensor], None]:
         def hook(key: Tensor) -> None:
-            flat = key[:, first:].flatten(0, 1).double()
-            sums[layer] = sums.get(layer, 0) + flat.T @ flat
+            rows = key[:, first:].flatten(0, 1).double()
+            if layer not in sums:
+                sums[layer] = rows.new_zeros(rows.shape[1], rows.shape[1])
+            add_gram(sums[layer], rows)
 
         return hook
 
@@ -208,7 +224,31 @@ def second_moments(
             batch = collate([Tokens(tuple(row), len(row)) for row in rows.tolist()], model.device)
             run_to(model, batch, max(layers))
     count = ids.shape[0] * (ids.shape[1] - first)
-    return {layer: (total / count).cpu() for layer, total in sums.items()}
+    return {layer: mirrored(total.div_(count)).cpu() for layer, total in sums.items()}
+
+
+_BLOCKS = 8
+"""A symmetric product is computed by so many columns of blocks, those below the diagonal left out:
+9/16 of its arithmetic."""
+
+
+def add_gram(total: Tensor, rows: Tensor) -> None:
+    """Add `rowsᵀ rows` to the blocks of `total` `[d, d]` that lie on or above the diagonal."""
+    for block in _blocks(total):
+        total[block, block.start :].addmm_(rows[:, block].T, rows[:, block.start :])
+
+
+def mirrored(total: Tensor) -> Tensor:
+    """`total` itself, the blocks below its diagonal filled in from those above."""
+    for block in _blocks(total):
+        total[block.stop :, block] = total[block, block.stop :].T
+    return total
+
+
+def _blocks(total: Tensor) -> Iterator[slice]:
+    width = total.shape[0]
+    size = -(-width // _BLOCKS)
+    return (slice(first, min(first + size, width)) for first in range(0, width, size))
 
 
 def existing(path: Path) -> Path:

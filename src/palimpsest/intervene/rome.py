@@ -64,7 +64,7 @@ class Rome(ValueEditor):
         """
         whitener = Whitener()
         if self.variant == "moments":
-            whitener = Whitener.of(self.moment_source.several(model, [site.layer])[site.layer])
+            whitener = Whitener(self.moment_source.several(model, [site.layer])[site.layer])
         return _Rome(self, site.layer, self.contexts(model), whitener)
 
     def equation(self, seen: Seen, values: Values) -> tuple[Tensor, Tensor]:

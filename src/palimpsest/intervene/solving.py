@@ -20,15 +20,17 @@ class Inverse:
 
     @classmethod
     def of(cls, moments: Tensor) -> "Inverse":
-        """Factor C `[d, d]` float64.
+        """Factor C `[d, d]` float64, which is overwritten: beside the factor nothing is kept.
 
         Raises:
             RequestError: C is singular.
         """
         width = moments.shape[0]
         scale = moments.diagonal().sqrt()
-        factor, info = torch.linalg.cholesky_ex(moments)
-        found = cls(factor)
+        by_column = moments.mT  # as LAPACK has it: no copy is made
+        info = torch.empty((), dtype=torch.int32, device=moments.device)
+        torch.linalg.cholesky_ex(by_column, out=(by_column, info))
+        found = cls(by_column)
         if int(info) != 0 or not found._least(scale) > width * torch.finfo(scale.dtype).eps:
             raise RequestError(
                 f"expected second moments of full rank {width}, found a singular matrix; raise "
@@ -53,7 +55,9 @@ class Inverse:
 
     def apply(self, rows: Tensor) -> Tensor:
         """C⁻¹ applied to each row of `[n, d]` float64."""
-        return torch.cholesky_solve(rows.T, self.factor).T
+        below = torch.linalg.solve_triangular(self.factor, rows.T, upper=False)
+        solution: Tensor = torch.linalg.solve_triangular(self.factor.mT, below, upper=True)
+        return solution.T
 
 
 def unit_response(direction: Tensor, key: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ class Spread(ValueEditor):
         """
         layers = self.layers(site)
         second = self.moment_source.several(model, layers)
-        whiteners = {layer: Whitener.of(second[layer]) for layer in layers}
+        whiteners = {layer: Whitener(second[layer]) for layer in layers}
         return _Whitened(self, layers, self.contexts(model), whiteners)
 
 
