@@ -17,7 +17,7 @@ def spread(handle: ModelHandle) -> float:
         return float(handle.model.get_input_embeddings().weight.float().std())
 
 
-def draw(handle: ModelHandle, rows: Sequence[Tokens], scale: float, seed: int) -> Tensor:
+def draw(handle: ModelHandle, rows: Sequence[Tokens], scale: float, seed: int | str) -> Tensor:
     """Gaussian noise for the subjects of rows, one row an owner.
 
     A subject's noise depends on the seed and its own tokens alone.

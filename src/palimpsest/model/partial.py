@@ -7,9 +7,10 @@ left. The model's own forward method runs the rest, with its lower blocks passed
 and positions (rotary, learned) are the model's own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,61 @@ from transformers import DynamicCache
 from palimpsest.model.forward import forward
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.tokens import Batch
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One unchanged pass over whole rows, which can be resumed at several blocks and tokens.
+
+    Attributes:
+        batch: the rows.
+        states: by kept block, its input `[n, t, d_model]`.
+        cached: by block, keys and values `[n, heads, t, d_head]`.
+        final: final hidden states `[n, t, d_model]`.
+        in_tuple: whether blocks return their output first in a tuple.
+    """
+
+    batch: Batch
+    states: dict[int, Tensor]
+    cached: list[tuple[Tensor, Tensor]]
+    final: Tensor
+    in_tuple: bool
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, handle: ModelHandle, batch: Batch, layers: Iterable[int]) -> "Capture":
+        """Run the batch once, and keep what passes resumed at any of the blocks `layers` need."""
+        states: dict[int, Tensor] = {}
+        cache = DynamicCache()
+        hooks = [(handle.blocks[n], partial(states.__setitem__, n)) for n in dict.fromkeys(layers)]
+        with handle.hooked_input(hooks), _returning(handle.blocks[0]) as outputs:
+            final = forward(handle, batch, cache)
+        entries: list[Any] = cache.layers
+        cached = [(entry.keys, entry.values) for entry in entries]
+        return cls(batch, states, cached, final, isinstance(outputs[0], tuple))
+
+    @torch.no_grad()
+    def resume(self, layer: int, starts: Tensor, rows: Tensor | None = None) -> "Resume":
+        """What a change at block `layer`, from a token of each row on, leaves untouched.
+
+        Args:
+            layer: the first block that may change; one of those kept.
+            starts: `[m]` the first token of each row that may change.
+            rows: `[m]` which rows, any as often as wanted; None: all of them, in order.
+        """
+        batch = self.batch if rows is None else self.batch.take(rows)
+        rest = batch.since(starts)
+        cached = {
+            number: (_before(_picked(keys, rows), starts), _before(_picked(values, rows), starts))
+            for number, (keys, values) in enumerate(self.cached)
+            if number == 0 or number >= layer
+        }
+        states = _picked(self.states[layer], rows).take_along_dim(rest.positions.unsqueeze(-1), 1)
+        return Resume(layer, rest, states, cached, self.in_tuple)
+
+
+def _picked(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    return tensor if rows is None else tensor[rows]
 
 
 @dataclass(frozen=True)
@@ -42,7 +98,6 @@ class Resume:
     in_tuple: bool
 
     @classmethod
-    @torch.no_grad()
     def capture(cls, handle: ModelHandle, batch: Batch, layer: int, starts: Tensor) -> "Resume":
         """Run the batch once, unchanged, and keep what a change from there on cannot alter.
 
@@ -52,21 +107,7 @@ class Resume:
             layer: the first block that may change.
             starts: `[n]` the first token of each row that may change.
         """
-        kept: list[Tensor] = []
-        cache = DynamicCache()
-        block = handle.blocks[layer]
-        with handle.hooked_input([(block, kept.append)]), _returning(block) as outputs:
-            forward(handle, batch, cache)
-        rest = batch.since(starts)
-        index = rest.positions.unsqueeze(-1)
-        entries: list[Any] = cache.layers
-        cached = {
-            number: (_before(entry.keys, starts), _before(entry.values, starts))
-            for number, entry in enumerate(entries)
-            if number == 0 or number >= layer
-        }
-        states = kept[0].take_along_dim(index, 1)
-        return cls(layer, rest, states, cached, isinstance(outputs[0], tuple))
+        return Capture.of(handle, batch, [layer]).resume(layer, starts)
 
     def run(self, handle: ModelHandle) -> Tensor:
         """Final hidden states `[n, t, d_model]` of the rows from their first changed tokens on.

@@ -1,7 +1,7 @@
 """Prompts as tokens, and batches of them: which token is the subject's, which the prompt's last."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import torch
@@ -84,6 +84,10 @@ class Batch:
         if policy == "last_prompt":
             return self.positions == self.prompt_last.unsqueeze(1)
         return self.positions >= (1 if policy == "all_but_sink" else 0)
+
+    def take(self, rows: Tensor) -> "Batch":
+        """Some of the rows, `[m]` indices; any may come several times."""
+        return Batch(**{each.name: getattr(self, each.name)[rows] for each in fields(self)})
 
     def since(self, starts: Tensor) -> "Batch":
         """Each row from its own place `starts` `[n]` on, what comes before it being cached.
