@@ -31,14 +31,17 @@ from palimpsest.intervene.moments import Second, second_moments
 from palimpsest.intervene.prefixes import GivenPrefixes, in_contexts
 from palimpsest.intervene.rome import Rome
 from palimpsest.intervene.values import ValueSearch
+from palimpsest.locate.corruption import noise
+from palimpsest.locate.tracing import Tracing
 from palimpsest.model.forward import keys, score
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.load import Pretrained
-from palimpsest.model.site import Change, Site
+from palimpsest.model.site import Change, Part, Site
 from palimpsest.model.tokens import Tokens
 
 LAYER = 5
 CONTEXTS = 20
+KINDS: tuple[Part, ...] = ("residual", "mlp", "attention")
 
 
 def main() -> None:
@@ -56,6 +59,7 @@ def main() -> None:
     line("v* of one ROME edit, layer 5, 22 prompts, 20 evaluations", *value_search(handle))
     line("second moments of 12 layers, 4,096 tokens, whole passes", *moments(handle, False))
     line("the same, each pass stopped at its layer", *moments(handle, True))
+    line("tracing a fact, 10 tokens, 12 layers, 3 kinds, 3 samples", *tracing(handle))
     smollm2 = Pretrained(prefix="\n").load()
     rows = fact_rows(smollm2, counterfact)
     source = "the built-in facts'" if counterfact is None else "CounterFact's"
@@ -299,6 +303,81 @@ def peak_memory(restart: bool = False) -> int:
         Path("/proc/self/clear_refs").write_text("5")
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+# -- tracing ---------------------------------------------------------------------------------------
+
+
+def tracing(handle: ModelHandle) -> tuple[float, float, float]:
+    """One fact's restored probabilities: a whole pass for every state, against resumed ones."""
+    row = handle.encode(Prompt.fill("fit", "{} " + text(random.Random(2), 7), "w5 w6 w7"), "w9")
+    row = replace(row, subject=(1, 3))
+    how = Tracing(samples=3, window=4, level=1.0)
+    shifts = noise(handle, row, 1.0, how.samples, 0)
+
+    def engine() -> Tensor:
+        found = how.compute(handle, [row], [shifts])
+        return (
+            torch.stack([found[f"0/{kind}"] for kind in how.kinds]) + found["0/chances"][1:].mean()
+        )
+
+    expected, slow = cpu_seconds(lambda: plain_tracing(handle, row, shifts, how))
+    found, fast = cpu_seconds(engine)
+    return slow, fast, relative(found, expected)
+
+
+@torch.no_grad()
+def plain_tracing(
+    handle: ModelHandle, row: Tokens, shifts: Sequence[Tensor], how: Tracing
+) -> Tensor:
+    """p(restored) `[kinds, tokens, layers]`: clean and noised rows run whole, one state restored.
+
+    As in ROME's public code each pass holds a clean row from which the state is taken.
+    """
+    ids = torch.tensor([row.ids[: row.prompt]]).expand(1 + len(shifts), -1)
+    assert row.subject is not None
+    first, last = row.subject
+    blocks, half = range(handle.n_layers), how.window // 2
+
+    def corrupt(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        return torch.cat(
+            [
+                output[:1],
+                *(output[:1].index_add(1, torch.arange(first, last + 1), s[None]) for s in shifts),
+            ]
+        )
+
+    def put_back(place: int) -> Callable[[Tensor], Tensor]:
+        def change(output: Tensor) -> Tensor:
+            changed = output.clone()
+            changed[1:, place] = output[0, place]
+            return changed
+
+        return change
+
+    def chance(place: int, kind: Part, layers: Sequence[int]) -> float:
+        hooks = [(handle.module(Site(layer, kind)), put_back(place)) for layer in layers]
+        with handle.hooked(hooks):
+            logits = handle.model(ids, use_cache=False).logits
+        return float(logits[1:, -1].softmax(-1)[:, row.ids[row.prompt]].mean())
+
+    embedding = handle.model.get_input_embeddings().register_forward_hook(corrupt)
+    try:
+        return torch.tensor(
+            [
+                [
+                    [
+                        chance(place, kind, [layer] if kind == "residual" else
+                               [n for n in blocks if -half <= n - layer < half])
+                        for layer in blocks
+                    ]
+                    for place in range(first, row.prompt)
+                ]
+                for kind in KINDS
+            ]
+        )  # fmt: skip
+    finally:
+        embedding.remove()
 
 
 # -- independent edits -----------------------------------------------------------------------------

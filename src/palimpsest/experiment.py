@@ -1,9 +1,8 @@
 """One experiment: facts, a model, a place, a change, a ruler, a record."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +10,19 @@ from palimpsest.evaluate.asking import knows
 from palimpsest.evaluate.ruler import Ruler, portraits
 from palimpsest.facts.dataset import DataSet
 from palimpsest.facts.fact import FactSet
-from palimpsest.facts.splits import Splits, split
-from palimpsest.files import check_writable
+from palimpsest.facts.splits import Splits, on_dev, split
 from palimpsest.intervene.controls import NoChange
 from palimpsest.intervene.intervention import Method
 from palimpsest.locate.fixed import Fixed
+from palimpsest.locate.locator import Evidence, Located, Locator
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.load import Pretrained
 from palimpsest.model.site import Site
 from palimpsest.record import provenance
-from palimpsest.record.provenance import Stopwatch
+from palimpsest.record.provenance import Phase, Stopwatch
 from palimpsest.record.recording import Recording
-from palimpsest.record.store import RunStore, check_earlier, is_done
-
-Phase = Callable[[str], AbstractContextManager[None]]
-"""Shows, for the length of a context, what is being done."""
+from palimpsest.record.store import RunStore
+from palimpsest.results import asked, described, recorded
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Experiment:
 
     model: Pretrained
     facts: DataSet
-    locate: Fixed
+    locate: Locator
     method: Method
     ruler: Ruler
     recording: Recording
@@ -56,10 +53,22 @@ class Experiment:
     config: dict[str, Any]
     command: str
 
-    def site(self, model: ModelHandle) -> Site:
+    def located(self, model: ModelHandle, splits: Callable[[], Splits]) -> Located:
         """Where the method changes the model; one that changes several layers has its own table."""
+        evidence = Evidence(
+            seed=self.seed,
+            lowest=getattr(self.method, "lowest", 0),
+            dev=lambda: splits().dev,
+            trial=lambda site: self.trial(model, on_dev(splits(), self.facts, self.seed), site),
+        )
         place = getattr(self.method, "place", None)
-        return self.locate.site(model, self.method.part, place)
+        return self.locate.locate(model, self.method.part, place, evidence)
+
+    def trial(self, model: ModelHandle, facts: Splits, site: Site) -> float:
+        """How well the method does on the dev facts at a site."""
+        intervention = self.method.fit(model, facts, site)
+        with intervention.applied(model):
+            return self.ruler.downstream.worth(model, facts, intervention.change)
 
 
 def run(experiment: Experiment, phase: Phase) -> tuple[Path, bool]:
@@ -72,39 +81,24 @@ def run(experiment: Experiment, phase: Phase) -> tuple[Path, bool]:
         RequestError: the request was wrong.
     """
     watch = Stopwatch()
-
-    @contextmanager
-    def timed(name: str) -> Iterator[None]:
-        with phase(name), watch.phase(name):
-            yield
-
+    timed = watch.timing(phase)
     with timed("load"):
         model = experiment.model.load()
         facts = experiment.facts.load()
-    site = experiment.site(model)
-    record = _record(experiment, model, facts, site)
-    directory = experiment.recording.directory / record["run_id"]
-    check_earlier(directory)
-    if is_done(directory):
-        return directory, True
-    check_writable(directory)
-    with timed("split"):
-        splits = split(facts, experiment.facts, experiment.seed, partial(knows, model))
-    record["facts"] |= {"counts": dict(splits.counts), "sizes": splits.sizes}
-    store = RunStore.open(directory, record)
-    tracker = experiment.recording.tracker
-    try:
-        with tracker.run(directory, record) as live:
-            store.update(wandb=tracker.describe())
-            _work(experiment, model, splits, site, store, timed)
-            store.update(seconds=watch.seconds, peak_mb=watch.peak_mb)
-            store.update(batch_sizes={"forward": model.batch_size})
-            live.log_results(store.snapshot())
-    except BaseException as error:
-        store.fail(error)
-        raise
-    store.finish()
-    return directory, False
+
+    @cache
+    def splits() -> Splits:
+        with timed("split"):
+            return split(facts, experiment.facts, experiment.seed, partial(knows, model))
+
+    with timed("locate"):
+        located = experiment.located(model, splits)
+    record = _record(experiment, model, facts, located)
+
+    def work(store: RunStore) -> None:
+        _work(experiment, model, splits(), located.site, store, timed)
+
+    return recorded(experiment.recording, record, model, splits, watch, work)
 
 
 def _work(
@@ -139,20 +133,20 @@ def _work(
 
 
 def _record(
-    experiment: Experiment, model: ModelHandle, facts: FactSet, site: Site
+    experiment: Experiment, model: ModelHandle, facts: FactSet, located: Located
 ) -> dict[str, Any]:
     """run.json as far as it is known before the work begins."""
+    site, locate = located.site, experiment.locate
 
     def run_id(method: Method) -> str:
-        plan = provenance.describe(experiment.facts)
+        chosen = {} if isinstance(locate, Fixed) else {"locate": provenance.describe(locate)}
         return provenance.identity(
             {
-                "model": {"fingerprint": model.fingerprint, "prefix": model.prefix},
-                "facts": {**plan, "path": None, "fingerprint": facts.fingerprint},
+                **asked(model, facts, experiment.facts, experiment.seed),
                 "site": None if isinstance(method, NoChange) else [site.layer, site.part],
                 "method": provenance.describe(method),
                 "ruler": provenance.describe(experiment.ruler),
-                "seed": experiment.seed,
+                **chosen,
             }
         )
 
@@ -162,15 +156,6 @@ def _record(
         "method": experiment.names["intervene"],
         "imitates": None if imitated is None else run_id(imitated),
         "site": {"layer": site.layer, "part": site.part},
-        "model": {"name": model.name, "fingerprint": model.fingerprint},
-        "facts": {"name": experiment.names["facts"], "fingerprint": facts.fingerprint},
-        "seed": experiment.seed,
-        "sweep": experiment.recording.directory.name,
-        "config": experiment.config,
-        "versions": provenance.versions(),
-        "git_commit": provenance.git_commit(),
-        "code": provenance.code(),
-        "device": provenance.device_name(model.device),
-        "batch_sizes": {"forward": model.batch_size},
-        "command": experiment.command,
+        "located": {str(layer): score for layer, score in located.scores.items()},
+        **described(experiment, model, facts),
     }

@@ -166,6 +166,12 @@ def test_dotted_keys_are_those_of_the_composed_configuration(choice):
     assert set(found) == {f"{key}=" for key in leaves(config) if "." in key}
 
 
+def test_a_trace_has_keys_of_its_own(surrounded):
+    assert "tracing.window=" in candidates("palimpsest trace tracing.w")
+    assert "tracing.window=" not in candidates("palimpsest run tracing.w")
+    assert candidates("palimpsest trace intervene=ro") == []
+
+
 def test_the_first_of_several_options_tells_the_keys():
     several = overrides("intervene.", ["intervene=leace,rome", "seed=0,1"])
     assert several == overrides("intervene.", ["intervene=leace"])

@@ -16,7 +16,7 @@ import palimpsest
 from palimpsest import __version__
 from palimpsest.cli.configuration import check_config, resource
 from palimpsest.facts.dataset import DataSet
-from palimpsest.locate.fixed import Fixed
+from palimpsest.locate.locator import Locator
 from palimpsest.model.load import Pretrained
 from palimpsest.record.recording import Recording
 from palimpsest.record.store import load_runs
@@ -56,7 +56,7 @@ def test_every_option_makes_its_part(group, option):
     assert type(made[group]) is get_class(config[group]["_target_"])
     assert isinstance(made["model"], Pretrained)
     assert isinstance(made["facts"], DataSet)
-    assert isinstance(made["locate"], Fixed)
+    assert isinstance(made["locate"], Locator)
     assert isinstance(made["record"], Recording)
     assert callable(made["intervene"].fit)
     assert callable(made["evaluate"].measure)

@@ -11,10 +11,10 @@ import palimpsest.record
 def test_importing_the_room_loads_no_heavy_library():
     code = (
         "import sys, palimpsest.record\n"
-        "heavy = {'wandb', 'plotly', 'torch', 'duckdb', 'rich', 'jinja2'}\n"
+        "heavy = {'wandb', 'plotly', 'torch', 'duckdb', 'rich', 'jinja2', 'matplotlib'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
         "import palimpsest.record.tracker\n"
-        "assert not {'wandb', 'plotly'} & set(sys.modules)\n"
+        "assert not {'wandb', 'plotly', 'matplotlib'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -1,5 +1,7 @@
 """Offline wandb runs, read back by wandb's own command."""
 
+import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -123,6 +125,32 @@ def test_steps_become_history(tmp_path, write_run):
     name = "by_step/downstream/efficacy/argmax"
     steps = {item["step"]: item[name] for item in history if name in item}
     assert steps == {1: 0.5, 5: 0}
+
+
+def test_tracing_becomes_numbers_a_table_and_figures(write_run):
+    about = {"scope": "fact", "axis": "localization", "split": "target", "relation": "P1"}
+    rows, facts = [], []
+    for fact in ("a", "b"):
+        about["fact_id"] = fact
+        facts.append({"fact_id": fact, "true": "$x$ <b>", "tokens": [" A", "\n", " is"]})
+        facts[-1]["subject_tokens"] = [0, 1]
+        for metric, value in (("clean_probability", 0.75), ("total_effect", 0.5)):
+            rows.append(Row(**about, metric=metric, protocol="noise", value=value))
+        for position, layer in itertools.product(("last_subject", "token/1"), (0, 4)):
+            place = {"position": position, "layer": layer, "protocol": "noise/residual"}
+            rows.append(Row(**about, **place, metric="indirect_effect", value=layer / 16))
+    run = dataclasses.replace(write_run(*rows, method="trace"), facts=facts)
+    with Tracker().run(run.path, run.run) as live:
+        live.log_results(run)
+    found = json.loads(inspect(run.path, "--summary"))["summary"]
+    assert found["localization/total_effect/noise"] == 0.5
+    assert found["localization/clean_probability/noise"] == 0.75
+    assert found["localization/peak_aie/noise/residual"] == 0.25
+    assert found["localization/peak_aie_layer/noise/residual"] == 4
+    assert found["localization/peak_aie_last_subject/noise/residual"] == 0.25
+    assert (found["aie"]["nrows"], found["aie"]["ncols"]) == (2, 8)
+    figures = {name for name in found if name.startswith("figures/")}
+    assert figures == {f"figures/{n}" for n in ("average", "aie", "fact-0", "fact-1")}
 
 
 def test_sequences_become_curves_over_facts_without_missing_values(tmp_path, write_run):

@@ -1,7 +1,6 @@
 """The bench: a loaded model, the methods to compare, and what they are compared on."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -13,12 +12,11 @@ from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.facts.splits import Splits
 from palimpsest.intervene.intervention import Intervention, Method
 from palimpsest.locate.fixed import Fixed
+from palimpsest.locate.locator import Locator
 from palimpsest.model.forward import greedy
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site
-
-Phase = Callable[[str], AbstractContextManager[None]]
-"""Shows, for the length of a context, what is being done."""
+from palimpsest.record.provenance import Phase
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,19 @@ class Entry:
 
     name: str
     method: Method
-    locate: Fixed
+    locate: Locator
+
+    def __post_init__(self) -> None:
+        """Refuse what would choose a layer on dev facts: one question has none.
+
+        Raises:
+            RequestError: the locator is no fixed layer.
+        """
+        if not isinstance(self.locate, Fixed):
+            raise RequestError(
+                f"expected locate=fixed for one fact asked, found {type(self.locate).__name__}, "
+                "which chooses on dev facts; set locate.layer or locate.depth"
+            )
 
     @property
     def fits_relation(self) -> bool:
@@ -40,6 +50,7 @@ class Entry:
     def site(self, model: ModelHandle) -> Site:
         """Where the method changes the model."""
         place = getattr(self.method, "place", None)
+        assert isinstance(self.locate, Fixed)
         return self.locate.site(model, self.method.part, place)
 
 

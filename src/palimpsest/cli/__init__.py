@@ -22,6 +22,12 @@ EXAMPLES = {
         "palimpsest run -m intervene=rome,leace seed=0,1,2",
         "palimpsest run intervene=leace --cfg job",
     ),
+    "trace": (
+        "palimpsest trace facts=world",
+        "palimpsest trace facts.limit=10 tracing.stride=1 tracing.samples=10",
+        "palimpsest trace facts=counterfact facts.path=counterfact.json tracing.tokens=named",
+        "palimpsest trace model.path=path/to/model tracing.window=5",
+    ),
     "sweep": (
         "palimpsest sweep sweeps/quickstart.yaml",
         "palimpsest sweep sweeps/quickstart.yaml facts.limit=10",
@@ -61,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if "_ARGCOMPLETE" in os.environ:
             _answer()
-        if words[:1] == ["run"] and not {"-h", "--help"} & set(words):
-            return _run(words[1:])
+        if words[:1] in (["run"], ["trace"]) and not {"-h", "--help"} & set(words):
+            return {"run": _run, "trace": _trace}[words[0]](words[1:])
         options = _parser().parse_args(words)
         return int(options.call(options))
     except KeyboardInterrupt:
@@ -85,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (
         _add_run,
+        _add_trace,
         _add_sweep,
         _add_report,
         _add_ask,
@@ -122,11 +129,27 @@ def _add_run(commands: Commands) -> None:
         "one method on one model and one set of facts; takes Hydra's overrides and flags",
         "Run one method. KEY=VALUE overrides the configuration.",
     )
-    run.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    run.add_argument("-m", "--multirun", action="store_true", help="sweep over commas")
-    run.add_argument("--cfg", choices=("job", "hydra", "all"), help="show the configuration")
-    run.add_argument("--config-dir", metavar="DIR", help="add configuration of your own")
+    _add_hydra(run)
     run.set_defaults(call=lambda options: _run(options.overrides))
+
+
+def _add_trace(commands: Commands) -> None:
+    trace = _command(
+        commands,
+        "trace",
+        "causal tracing: which states of a model bring a fact back; with maps and curves",
+        "Trace known facts, then print and draw what was found. KEY=VALUE overrides the\n"
+        "configuration, for which see `palimpsest trace --cfg job`.",
+    )
+    _add_hydra(trace)
+    trace.set_defaults(call=lambda options: _trace(options.overrides))
+
+
+def _add_hydra(command: Parser) -> None:
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    command.add_argument("-m", "--multirun", action="store_true", help="sweep over commas")
+    command.add_argument("--cfg", choices=("job", "hydra", "all"), help="show the configuration")
+    command.add_argument("--config-dir", metavar="DIR", help="add configuration of your own")
 
 
 def _add_sweep(commands: Commands) -> None:
@@ -218,6 +241,17 @@ def _run(words: Sequence[str]) -> int:
     from palimpsest.cli.jobs import run
 
     return run(words)
+
+
+def _trace(words: Sequence[str]) -> int:
+    """Trace, then report on it; Hydra's own flags that run nothing report nothing."""
+    from palimpsest.cli.jobs import trace
+    from palimpsest.cli.sweeps import results_directory
+
+    code = trace(words)
+    if code or any(word.startswith(("--cfg", "--help", "--info", "-c")) for word in words):
+        return code
+    return _report(results_directory(words, "trace"))
 
 
 def _sweep(file: Path, overrides: Sequence[str]) -> int:

@@ -19,7 +19,7 @@ from argcomplete.lexers import split_line
 from argcomplete.shell_integration import shellcode
 from omegaconf import DictConfig, OmegaConf
 
-from palimpsest.cli.configuration import resource
+from palimpsest.cli.configuration import KEYS, resource
 from palimpsest.cli.words import quoted
 
 Completer = Callable[..., Iterable[str]]
@@ -61,7 +61,7 @@ class _Finder(CompletionFinder):
         if found or cword_prefix.startswith("-") or _line()[-1] in waiting:
             return found
         takers = [each for each in actions if each.dest == "overrides"]
-        return overrides(cword_prefix, _line(), _directory(parsed_args)) if takers else []
+        return _overrides(cword_prefix, parsed_args) if takers else []
 
 
 def _equip(parser: argparse.ArgumentParser) -> None:
@@ -71,9 +71,7 @@ def _equip(parser: argparse.ArgumentParser) -> None:
         "directory": DirectoriesCompleter(),
         "methods": lambda prefix, **_: methods(prefix),
         "name": lambda **_: fetchable(),
-        "overrides": lambda prefix, parsed_args, **_: overrides(
-            prefix, _line(), _directory(parsed_args)
-        ),
+        "overrides": lambda prefix, parsed_args, **_: _overrides(prefix, parsed_args),
     }
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -88,6 +86,12 @@ def _equip(parser: argparse.ArgumentParser) -> None:
 def _line() -> list[str]:
     """The words before the one under the cursor."""
     return split_line(os.environ["COMP_LINE"], int(os.environ["COMP_POINT"]))[3]
+
+
+def _overrides(prefix: str, parsed: argparse.Namespace) -> list[str]:
+    """Overrides of the configuration of the line's command; of most commands it is that of runs."""
+    command = "trace" if "trace" in _line()[1:2] else "run"
+    return overrides(prefix, _line(), _directory(parsed), command)
 
 
 def _directory(parsed: argparse.Namespace) -> str | None:
@@ -110,7 +114,9 @@ def _content(file: Path) -> dict[str, Any]:
     return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
 
 
-def overrides(prefix: str, words: Sequence[str], directory: str | None = None) -> list[str]:
+def overrides(
+    prefix: str, words: Sequence[str], directory: str | None = None, command: str = "run"
+) -> list[str]:
     """What a KEY=VALUE override that begins with `prefix` can be.
 
     Before the first dot these are groups and keys, after it the dotted keys; after `=` a group's
@@ -121,6 +127,7 @@ def overrides(prefix: str, words: Sequence[str], directory: str | None = None) -
             these `METHOD:`, of which it then is a key.
         words: the words before it; the options that they choose decide which keys there are.
         directory: that of `--config-dir`, searched besides Palimpsest's own.
+        command: whose configuration it is, `run` or `trace`.
     """
     method = re.match(r"(\w+):", prefix)
     if method:
@@ -129,9 +136,11 @@ def overrides(prefix: str, words: Sequence[str], directory: str | None = None) -
     word = prefix.lstrip("+~")
     sign = prefix[: len(prefix) - len(word)]
     key, equals, value = word.partition("=")
-    with _composed(words, directory) as composed:
+    with _composed(words, directory, command) as composed:
         found = _values(composed, key, value) if equals else _keys(composed, key)
-    return [f"{sign}{each}" for each in found if each.startswith(word)]
+    foreign = {name for keys in KEYS.values() for name in keys} - {*KEYS[command]}
+    own = (each for each in found if re.split(r"[.=/]", each)[0] not in foreign)
+    return [f"{sign}{each}" for each in own if each.startswith(word)]
 
 
 @dataclass(frozen=True)
@@ -150,7 +159,7 @@ class _Composed:
 
 
 @contextmanager
-def _composed(words: Sequence[str], directory: str | None) -> Iterator[_Composed]:
+def _composed(words: Sequence[str], directory: str | None, command: str) -> Iterator[_Composed]:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.object_type import ObjectType
@@ -160,14 +169,14 @@ def _composed(words: Sequence[str], directory: str | None) -> Iterator[_Composed
     chosen = [found[1] for word in words if (found := CHOICE.fullmatch(word))]
     with initialize_config_dir(str(resource("conf")), version_base="1.3"):
         try:
-            config = compose("run", [*place, *chosen], return_hydra_config=True)
+            config = compose(command, [*place, *chosen], return_hydra_config=True)
         except HydraException:  # a word of the line is wrong, or not yet right
-            config = compose("run", place, return_hydra_config=True)
+            config = compose(command, place, return_hydra_config=True)
         options = GlobalHydra.instance().config_loader().get_group_options
         yield _Composed(
             config,
-            lambda group: options(group, ObjectType.GROUP, "run", place),
-            lambda group: options(group, ObjectType.CONFIG, "run", place),
+            lambda group: options(group, ObjectType.GROUP, command, place),
+            lambda group: options(group, ObjectType.CONFIG, command, place),
         )
 
 

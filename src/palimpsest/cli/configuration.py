@@ -14,11 +14,20 @@ from palimpsest.errors import RequestError, nearest
 
 ROOT = Path(__file__).resolve().parents[3]
 
-OWN: dict[str, type] = {"seed": int, "protocol": str, "contexts": int}
-"""Keys beside the groups, and their types."""
+OWN: dict[str, type] = {"seed": int, "protocol": str, "contexts": int, "split": str}
+"""Keys beside the parts, and their types."""
 
-GROUPS = ("model", "facts", "locate", "intervene", "evaluate", "record")
+PARTS = ("model", "facts", "locate", "tracing", "intervene", "evaluate", "record")
 """One part each, of a class that its configuration names."""
+
+KEYS = {
+    "run": (
+        *("model", "facts", "locate", "intervene", "evaluate", "record"),
+        *("seed", "protocol", "contexts"),
+    ),
+    "trace": ("model", "facts", "tracing", "record", "seed", "split"),
+}
+"""What the configuration of each command is made of."""
 
 _NO_CHOICE = "Config group override must be a string"
 
@@ -31,21 +40,22 @@ def resource(name: str) -> Path:
     return Path(__file__).parents[1] / name
 
 
-def check_config(config: DictConfig) -> None:
-    """Hold the whole configuration against the dataclasses.
+def check_config(config: DictConfig, command: str = "run") -> None:
+    """Hold the whole configuration of a command against the dataclasses.
 
     Raises:
         RequestError: an unknown key or a value of the wrong type.
     """
-    for name, kind in OWN.items():
-        if type(config.get(name)) is not kind:
-            raise RequestError(_wrong_type(name, kind, config.get(name)))
-    valid = (*OWN, *GROUPS)
+    valid = KEYS[command]
+    for name in valid:
+        if name in OWN and type(config.get(name)) is not OWN[name]:
+            raise RequestError(_wrong_type(name, OWN[name], config.get(name)))
     for key in map(str, config):
         if key not in valid:
             raise RequestError(_unknown(key, valid))
-    for group in GROUPS:
-        _check_types(config[group], group)
+    for part in PARTS:
+        if part in valid:
+            _check_types(config[part], part)
 
 
 def _check_types(node: DictConfig, path: str) -> None:
@@ -171,8 +181,17 @@ def _valid_keys() -> list[str]:
     keys = set(OWN)
     for path in resource("conf").glob("*/**/*.yaml"):
         group = path.relative_to(resource("conf")).parts[0]
-        keys |= {group, *_dotted(yaml.safe_load(path.read_text(encoding="utf-8")) or {}, group)}
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        for prefix in _prefixes(group, path):
+            keys |= {prefix, *_dotted(content, prefix)}
     return sorted(keys)
+
+
+def _prefixes(group: str, path: Path) -> tuple[str, ...]:
+    """Where a file's keys stand; what has the name of a part also stands for itself."""
+    if path.parent.name == "shared" and path.stem in PARTS:
+        return path.stem, f"{group}.{path.stem}"
+    return (group,)
 
 
 def _dotted(node: dict[str, Any], prefix: str) -> Iterator[str]:

@@ -5,7 +5,7 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,28 +19,41 @@ from palimpsest.cli.words import CONSOLE, complain, say, tell
 from palimpsest.errors import RequestError
 from palimpsest.record.redact import redacted, without_secrets
 
+Job = Callable[[DictConfig, str], None]
+"""One job of Hydra's: its configuration, and the command line for the record."""
+
 
 def run(words: Sequence[str]) -> int:
+    """`palimpsest run`."""
+    return _hand_over("run", _run, words)
+
+
+def trace(words: Sequence[str]) -> int:
+    """`palimpsest trace`."""
+    return _hand_over("trace", _trace, words)
+
+
+def _hand_over(name: str, work: Job, words: Sequence[str]) -> int:
     """Hand over to Hydra; its errors come back as one line with the nearest valid names."""
     import hydra
 
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    words = _flags_first(words)
-    command = without_secrets(shlex.join(["palimpsest", "run", *words]))
+    words = _flags_first(name, words)
+    command = without_secrets(shlex.join(["palimpsest", name, *words]))
     here = os.getpid()
     failures: list[Exception] = []
 
-    @hydra.main(version_base="1.3", config_path=str(resource("conf")), config_name="run")
+    @hydra.main(version_base="1.3", config_path=str(resource("conf")), config_name=name)
     def job(config: DictConfig) -> None:
         try:
-            _job(config, command)
+            work(config, command)
         except Exception as error:
             if os.getpid() != here:  # another process: only an exception tells the launcher
                 raise
             failures.append(as_request(error))
 
     before = sys.argv
-    sys.argv = ["palimpsest run", *words]
+    sys.argv = [f"palimpsest {name}", *words]
     try:
         with _scratch(words):
             job()
@@ -59,7 +72,7 @@ def _outcome(failures: Sequence[Exception]) -> int:
     return min(codes, default=0)
 
 
-def _flags_first(words: Sequence[str]) -> list[str]:
+def _flags_first(name: str, words: Sequence[str]) -> list[str]:
     """Hydra's flags, then the overrides; its parser takes them in no other order.
 
     Raises:
@@ -68,11 +81,13 @@ def _flags_first(words: Sequence[str]) -> list[str]:
     from hydra._internal.utils import get_args_parser
 
     parser = get_args_parser()
-    parser.error = partial(complain, "palimpsest run")  # type: ignore[method-assign]
+    parser.error = partial(complain, f"palimpsest {name}")  # type: ignore[method-assign]
     overrides: list[str] = parser.parse_intermixed_args(list(words)).overrides
     for word in overrides:
         if not re.match(r"~|\+{0,2}[^=\s+~]+=", word):
-            raise RequestError(f"expected KEY=VALUE, found {word!r}; see `palimpsest run --help`")
+            raise RequestError(
+                f"expected KEY=VALUE, found {word!r}; see `palimpsest {name} --help`"
+            )
     return [word for word in words if word not in overrides] + overrides
 
 
@@ -101,8 +116,8 @@ def _unwritable(error: OSError) -> Exception:
     return (cannot_write(place, error) if place else None) or as_request(error)
 
 
-def _job(config: DictConfig, command: str) -> None:
-    """One run of Hydra's: check the types, build the parts, run, say where the results are."""
+def _run(config: DictConfig, command: str) -> None:
+    """One run: check the types, build the parts, run, say where the results are."""
     from hydra.core.hydra_config import HydraConfig
 
     check_config(config)
@@ -121,11 +136,43 @@ def _job(config: DictConfig, command: str) -> None:
         parts["record"],
         parts["seed"],
         {"intervene": name, "facts": choices["facts"]},
-        redacted(OmegaConf.to_container(config, resolve=True, throw_on_missing=True)),
+        _resolved(config),
         command,
     )
-    with _phases(name) as phase:
-        directory, before = run(experiment, phase)
+    with _phases(name, 6) as phase:
+        _tell(name, *run(experiment, phase))
+
+
+def _trace(config: DictConfig, command: str) -> None:
+    """The same for one trace."""
+    from hydra.core.hydra_config import HydraConfig
+
+    check_config(config, "trace")
+    choices = HydraConfig.get().runtime.choices
+    _quiet()
+    from palimpsest.tracing import TraceExperiment, trace
+
+    parts = _parts(config)
+    experiment = TraceExperiment(
+        parts["model"],
+        parts["facts"],
+        parts["tracing"],
+        parts["record"],
+        parts["split"],
+        parts["seed"],
+        {"facts": choices["facts"]},
+        _resolved(config),
+        command,
+    )
+    with _phases("trace", 3) as phase:
+        _tell("trace", *trace(experiment, phase))
+
+
+def _resolved(config: DictConfig) -> Any:
+    return redacted(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+
+
+def _tell(name: str, directory: Path, before: bool) -> None:
     say(f"{name}: {'done before, left as it is' if before else 'done'}: {directory}")
 
 
@@ -159,7 +206,7 @@ def compose_parts(words: Sequence[str]) -> Any:
 
 
 @contextmanager
-def _phases(name: str) -> Iterator[Any]:
+def _phases(name: str, count: int) -> Iterator[Any]:
     """A function that shows which phase of a run is under way, on a bar."""
     bar = Progress(
         SpinnerColumn(),
@@ -171,7 +218,7 @@ def _phases(name: str) -> Iterator[Any]:
         disable=not CONSOLE.is_terminal,
     )
     with bar:
-        task = bar.add_task(name, total=5)
+        task = bar.add_task(name, total=count)
 
         @contextmanager
         def phase(what: str) -> Iterator[None]:

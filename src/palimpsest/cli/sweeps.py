@@ -13,13 +13,13 @@ from palimpsest.cli.words import quoted
 from palimpsest.errors import RequestError
 
 
-def results_directory(words: Sequence[str]) -> Path:
-    """Where the runs of a sweep stand: composed from its overrides of `record`."""
+def results_directory(words: Sequence[str], name: str = "run") -> Path:
+    """Where the runs of a command stand: composed from its overrides of `record`."""
     from hydra import compose, initialize_config_dir
     from hydra.utils import instantiate
 
     with initialize_config_dir(str(resource("conf")), version_base="1.3"):
-        config = compose("run", [word for word in words if re.match(r"[+~]*record\b", word)])
+        config = compose(name, [word for word in words if re.match(r"[+~]*record\b", word)])
     return Path(instantiate(config.record).directory)
 
 

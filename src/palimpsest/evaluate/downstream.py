@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, harmonic_mean
 
 from palimpsest.errors import RequestError, check_at_least
 from palimpsest.evaluate.asking import (
@@ -92,6 +92,20 @@ class Downstream:
         row = partial(Row, axis="downstream", scope=change.scope, step=step)
         yield from _asked(row, so_far, change, ask_targets(model, so_far))
         yield self._perplexity(row, model, facts, change, seed)
+
+    def worth(self, model: ModelHandle, facts: Splits, change: Change) -> float:
+        """One number in [0, 1] to choose a layer by, for methods with a new object or without.
+
+        The harmonic mean of `suppression` on unseen wordings and `neighborhood`, each a mean over
+        facts; where facts have no neighbors, suppression alone. 0 where nothing has a value.
+        """
+        row = partial(Row, axis="downstream", scope=change.scope)
+        rows = list(_asked(row, facts, change, ask_targets(model, facts)))
+        unseen = [r for r in rows if r.metric == "suppression" and r.prompt_id != "fit"]
+        gone = _mean_over_facts([r for r in unseen if r.protocol == "vocabulary"])
+        near = [r for r in rows if r.metric == "neighborhood" and r.protocol == "probability"]
+        means = [mean for mean in (gone, _mean_over_facts(near)) if mean is not None]
+        return 0.0 if gone is None or 0.0 in means else harmonic_mean(means)
 
     def _perplexity(
         self, row: partial[Row], model: ModelHandle, facts: Splits, change: Change, seed: int
@@ -182,16 +196,22 @@ def _harmonic_mean(row: partial[Row], rows: Sequence[Row]) -> Row:
     row = partial(row, metric="score", protocol="harmonic_mean", split="target")
     means = []
     for metric in ("efficacy", "paraphrase", "neighborhood"):
-        by_fact: dict[str | None, list[float]] = {}
-        for r in rows:
-            if r.metric == metric and r.protocol == "probability" and r.value is not None:
-                by_fact.setdefault(r.fact_id, []).append(r.value)
-        if not by_fact:
+        some = [r for r in rows if r.metric == metric and r.protocol == "probability"]
+        mean = _mean_over_facts(some)
+        if mean is None:
             return row(value=None, n=0, note=f"no {metric} prompts")
-        means.append(fmean(fmean(values) for values in by_fact.values()))
+        means.append(mean)
     facts = len({r.fact_id for r in rows if r.value is not None})
-    value = 0.0 if 0.0 in means else 3 / sum(1 / mean for mean in means)
-    return row(value=value, n=facts)
+    return row(value=0.0 if 0.0 in means else harmonic_mean(means), n=facts)
+
+
+def _mean_over_facts(rows: Sequence[Row]) -> float | None:
+    """The mean of the facts' means over their prompts; None where there is no value."""
+    by_fact: dict[str | None, list[float]] = {}
+    for row in rows:
+        if row.value is not None:
+            by_fact.setdefault(row.fact_id, []).append(row.value)
+    return fmean(fmean(values) for values in by_fact.values()) if by_fact else None
 
 
 def _accuracy(

@@ -80,11 +80,27 @@ def split(facts: FactSet, plan: DataSet, seed: int, known: Known) -> Splits:
     if not taken["target"]:
         raise _no_target(facts, counts)
     classes = {name: facts.objects(name) for name in sorted({f.relation for f in facts.facts})}
-    taken["target"] = tuple(
-        _with_neighbors(_with_new(fact, classes[fact.relation], seed), taken["test"], plan, seed)
-        for fact in taken["target"]
+    found = Splits(**taken, classes=classes, counts=counts)
+    return replace(found, target=_to_be_changed(found.target, found, plan, seed))
+
+
+def on_dev(facts: Splits, plan: DataSet, seed: int) -> Splits:
+    """The same splits with the dev facts for targets, given new objects and neighbors alike.
+
+    Raises:
+        RequestError: a dev fact needs a new object and its relation has only one class.
+    """
+    return replace(facts, target=_to_be_changed(facts.dev, facts, plan, seed), dev=())
+
+
+def _to_be_changed(
+    some: Sequence[Fact], facts: Splits, plan: DataSet, seed: int
+) -> tuple[Fact, ...]:
+    """Facts with new objects and neighbors."""
+    return tuple(
+        _with_neighbors(_with_new(fact, facts.classes[fact.relation], seed), facts.test, plan, seed)
+        for fact in some
     )
-    return Splits(**taken, classes=classes, counts=counts)
 
 
 def deal(

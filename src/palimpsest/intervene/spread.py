@@ -62,6 +62,11 @@ class Spread(ValueEditor):
         """The table of layers that it goes by: the last of a span."""
         return "span" if self.span > 1 else "mlp"
 
+    @property
+    def lowest(self) -> int:
+        """The lowest layer that a span can end at."""
+        return self.span - 1
+
     def layers(self, site: Site) -> tuple[int, ...]:
         """The changed layers, from below.
 

@@ -3,12 +3,13 @@
 from dataclasses import dataclass, field
 
 from palimpsest.errors import RequestError, nearest
+from palimpsest.locate.locator import Evidence, Located, Locator
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Part, Site, check_choice
 
 
 @dataclass(frozen=True)
-class Fixed:
+class Fixed(Locator):
     """The site at a fixed layer.
 
     Attributes:
@@ -21,6 +22,12 @@ class Fixed:
     layer: int | None = None
     depth: str = "early"
     depths: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def locate(
+        self, model: ModelHandle, part: str, place: str | None, evidence: Evidence
+    ) -> Located:
+        """`site`; no evidence is looked at."""
+        return Located(self.site(model, part, place))
 
     def site(self, model: ModelHandle, part: str, place: str | None = None) -> Site:
         """The site for a method that changes `part`.

@@ -5,8 +5,8 @@ import importlib.metadata
 import resource
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -113,6 +113,10 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({torch.get_num_threads()} threads)"
 
 
+Phase = Callable[[str], AbstractContextManager[None]]
+"""Shows, for the length of a context, what is being done."""
+
+
 @dataclass
 class Stopwatch:
     """Seconds and peak memory of a run's phases.
@@ -134,6 +138,16 @@ class Stopwatch:
         finally:
             self.seconds[name] = round(time.perf_counter() - started, 3)
             self.peak_mb[name] = round(_peak_mb(), 1)
+
+    def timing(self, phase: Phase) -> Phase:
+        """The same phases, each timed."""
+
+        @contextmanager
+        def timed(name: str) -> Iterator[None]:
+            with phase(name), self.phase(name):
+                yield
+
+        return timed
 
 
 def _peak_mb() -> float:

@@ -1,4 +1,4 @@
-"""What a directory of runs found: one self-contained page, and its table as CSV and LaTeX."""
+"""What a directory of runs found: one self-contained page, tables as CSV and LaTeX, pictures."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +10,7 @@ import jinja2
 import plotly.offline
 
 from palimpsest.files import write_text
-from palimpsest.record import figures, tables
+from palimpsest.record import figures, tables, trace_figures, traces
 from palimpsest.record.columns import HEADLINE, Column
 from palimpsest.record.intervals import RESAMPLES, Estimate
 from palimpsest.record.labels import differences
@@ -25,10 +25,12 @@ from palimpsest.record.sequences import (
     gaps,
     heading,
 )
-from palimpsest.record.store import load_runs, load_unfinished
+from palimpsest.record.store import Run, load_runs, load_unfinished
 from palimpsest.record.style import styles
 from palimpsest.record.summary import Detail, Summary, details, summarise
 from palimpsest.record.text import DASH, direction_text, interval_text, plain, value_text
+from palimpsest.record.trace_pictures import write_view
+from palimpsest.record.traces import Peak, TracedFact, TraceView
 
 MAX_PANELS = 60
 """Facts with a panel of their own; the page stays light, and rows.parquet holds the others."""
@@ -83,10 +85,47 @@ class Panel:
     answers: list[tuple[Summary, Mapping[str, Any], str]]
 
 
+@dataclass(frozen=True, slots=True)
+class TraceBlock:
+    """What tracing under one corruption found.
+
+    Attributes:
+        corruption: in words.
+        effects: clean and corrupted probability and total effect.
+        peaks: what was restored; its largest AIE, the position group and the layer of that; the
+            largest AIE at the subject's last token, and its layer.
+    """
+
+    corruption: str
+    effects: list[Cell]
+    peaks: list[tuple[str, Cell, str, Cell, Cell, Cell]]
+
+
+@dataclass(frozen=True, slots=True)
+class TraceSection:
+    """One run of causal tracing on the page.
+
+    Attributes:
+        view: the run.
+        blocks: its summary table, a block of lines for each corruption.
+        notes: what has no value, and why.
+        facts: those with a heat map.
+        hidden: how many more facts have values for their tokens.
+    """
+
+    view: TraceView
+    blocks: list[TraceBlock]
+    notes: list[str]
+    facts: list[TracedFact]
+    hidden: int
+
+
 def write_report(directory: Path) -> Path:
     """Write report.html, report.csv and report.tex into `directory`.
 
-    Where a run was measured along a sequence of edits, sequence.csv too.
+    Where a run was measured along a sequence of edits, sequence.csv too. Runs of causal tracing
+    have a section of the page, trace.csv and pictures in `figures/` (of several such runs in
+    `figures/<run_id>/`); without other runs there is no report.csv nor report.tex.
 
     Args:
         directory: a sweep's directory, or one run's.
@@ -99,28 +138,37 @@ def write_report(directory: Path) -> Path:
             written.
     """
     runs = load_runs(directory)
-    summaries = summarise(runs)
-    write_text(directory / "report.csv", tables.to_csv(summaries))
-    write_text(directory / "report.tex", tables.to_latex(summaries))
+    summaries = summarise([run for run in runs if not traces.is_trace(run)])
+    traced = traces.views(runs)
+    if summaries:
+        write_text(directory / "report.csv", tables.to_csv(summaries))
+        write_text(directory / "report.tex", tables.to_latex(summaries))
     if shown := courses(summaries):
         write_text(directory / "sequence.csv", tables.sequences_to_csv(shown))
+    if traced:
+        _write_traces(traced, directory)
     page = directory / "report.html"
-    write_text(page, render(summaries, load_unfinished(directory), directory.resolve().name))
+    title = directory.resolve().name
+    write_text(page, render(summaries, traced, load_unfinished(directory), title))
     return page
 
 
 def render(
-    summaries: Sequence[Summary], unfinished: Sequence[Mapping[str, Any]], title: str
+    summaries: Sequence[Summary],
+    traced: Sequence[TraceView],
+    unfinished: Sequence[Mapping[str, Any]],
+    title: str,
 ) -> str:
     """The page as text: every word from a data set or a configuration is escaped."""
     cells, footnotes = _headline(summaries)
+    runs = [*(summary.run for summary in summaries), *(view.run for view in traced)]
     panels = _panels(summaries)
     shown = courses(summaries)
-    charts = _charts(summaries, panels, shown)
+    charts = _charts(summaries, panels, shown) | _trace_charts(traced)
     return _template().render(
         title=title,
-        about=_about(summaries),
-        filters=_distinct(_pairs(_facts(summary.run.run, "counts")) for summary in summaries),
+        about=_about(runs, summaries),
+        filters=_distinct(_pairs(_facts(run.run, "counts")) for run in runs),
         groups=_groups(),
         headline=list(zip(summaries, cells, strict=True)),
         failures=[_marks(_failure(summary), footnotes) for summary in summaries],
@@ -130,9 +178,10 @@ def render(
         captions={name: text for name, text in CAPTIONS.items() if name in charts},
         panels=panels[:MAX_PANELS],
         hidden_panels=max(len(panels) - MAX_PANELS, 0),
+        traced=[_trace_section(view) for view in traced],
         details=_details(details(summaries)),
         summaries=summaries,
-        settings=_settings(summaries),
+        listed=_listed(summaries) + _listed(traced),
         unfinished=unfinished,
         resamples=RESAMPLES,
         charts=charts,
@@ -254,6 +303,62 @@ def _detail_cell(estimate: Estimate | None) -> Cell:
     return Cell(plain(estimate.value), interval, _tip(f"n = {estimate.n:,}", estimate.note))
 
 
+def _write_traces(traced: Sequence[TraceView], directory: Path) -> None:
+    """Write trace.csv, and the pictures in a folder for each run if there are several."""
+    write_text(directory / "trace.csv", traces.to_csv(traced))
+    for view in traced:
+        folder = directory / "figures"
+        write_view(view, folder / view.run.path.resolve().name if len(traced) > 1 else folder)
+
+
+def _trace_section(view: TraceView) -> TraceSection:
+    effects = [view.effects[metric, c] for c in view.corruptions for metric in traces.EFFECTS]
+    notes = [f"{view.label}: {e.note}." for e in effects if e.note]
+    return TraceSection(
+        view=view,
+        blocks=[_block(view, corruption) for corruption in view.corruptions],
+        notes=list(dict.fromkeys(notes)),
+        facts=traces.traced_facts(view),
+        hidden=traces.hidden_facts(view),
+    )
+
+
+def _block(view: TraceView, corruption: str) -> TraceBlock:
+    effects = [view.effects[metric, corruption] for metric in traces.EFFECTS]
+    protocols = [p for p in view.protocols if traces.split(p)[0] == corruption]
+    return TraceBlock(
+        corruption=traces.corruption_text(corruption),
+        effects=[_detail_cell(effect) for effect in effects],
+        peaks=[_peak_line(view, p, top) for p in protocols if (top := traces.peak(view, p))],
+    )
+
+
+def _peak_line(
+    view: TraceView, protocol: str, top: Peak
+) -> tuple[str, Cell, str, Cell, Cell, Cell]:
+    subject = traces.peak(view, protocol, "last_subject")
+    return (
+        traces.kind_text(traces.split(protocol)[1]),
+        _detail_cell(top.estimate),
+        traces.GROUPS[top.group],
+        Cell(str(top.layer)),
+        _detail_cell(subject.estimate) if subject else Cell(""),
+        Cell(str(subject.layer)) if subject else Cell(""),
+    )
+
+
+def _trace_charts(traced: Sequence[TraceView]) -> dict[str, Any]:
+    """Figures by name as plain JSON values: `trace-`, the run's id, and what it shows."""
+    made = {}
+    for view in traced:
+        name = f"trace-{view.run.run_id}"
+        made[f"{name}-average"] = trace_figures.average(view)
+        made[f"{name}-aie"] = trace_figures.curves(view)
+        for place, traced_fact in enumerate(traces.traced_facts(view)):
+            made[f"{name}-fact-{place}"] = trace_figures.fact(view, traced_fact)
+    return {name: fig.to_plotly_json() for name, fig in made.items() if fig is not None}
+
+
 def _charts(
     summaries: Sequence[Summary], panels: Sequence[Panel], shown: Sequence[Course]
 ) -> dict[str, Any]:
@@ -299,9 +404,9 @@ def _matches(fact: Mapping[str, Any]) -> str:
     return ""
 
 
-def _about(summaries: Sequence[Summary]) -> dict[str, str]:
+def _about(shown: Sequence[Run], summaries: Sequence[Summary]) -> dict[str, str]:
     """What the runs have in common, or all they differ in: shown under the title."""
-    runs = [summary.run.run for summary in summaries]
+    runs = [run.run for run in shown]
     versions = [
         _pairs(run.get("versions"), ("palimpsest-lm", "torch", "transformers")) for run in runs
     ]
@@ -345,9 +450,11 @@ def _distinct(values: Iterable[Any]) -> str:
     return " · ".join(texts)
 
 
-def _settings(summaries: Sequence[Summary]) -> list[str]:
-    found = differences([summary.run for summary in summaries])
-    return [", ".join(f"{k}={v}" for k, v in setting.items()) for setting in found]
+def _listed(shown: Sequence[Summary | TraceView]) -> list[tuple[Run, str, str]]:
+    """Runs, their labels, and the settings that not all of them share."""
+    found = differences([one.run for one in shown])
+    texts = [", ".join(f"{k}={v}" for k, v in setting.items()) for setting in found]
+    return [(one.run, one.label, text) for one, text in zip(shown, texts, strict=True)]
 
 
 def _hyphenate(heading: str) -> str:

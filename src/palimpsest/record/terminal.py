@@ -8,10 +8,21 @@ from rich.table import Table
 from rich.text import Text
 
 from palimpsest.record.columns import HEADLINE
+from palimpsest.record.intervals import Estimate
 from palimpsest.record.sequences import SHOWN, Course, columns, courses, heading
 from palimpsest.record.store import Run
 from palimpsest.record.summary import Summary, summarise
-from palimpsest.record.text import direction_text, value_text
+from palimpsest.record.text import DASH, direction_text, interval_text, plain, value_text
+from palimpsest.record.traces import (
+    EFFECTS,
+    TraceView,
+    corruption_text,
+    is_trace,
+    kind_text,
+    peak,
+    split,
+    views,
+)
 
 _ROOMY = 118
 """Columns of a terminal from which on the table is set wider."""
@@ -20,9 +31,20 @@ _ROOMY = 118
 def print_summary(runs: Sequence[Run], console: Console) -> None:
     """Print one line of numbers per run, then what the columns are called in full.
 
-    Intervals and definitions are in report.html; a terminal has no room for them.
+    Intervals and definitions are in report.html; a terminal has no room for them. Runs of causal
+    tracing follow in a table of their own.
     """
-    summaries = summarise(runs)
+    summaries = summarise([run for run in runs if not is_trace(run)])
+    if summaries:
+        _print_methods(summaries, console)
+    traced = views(runs)
+    if summaries and traced:
+        console.print()
+    for view in traced:
+        _print_trace(view, console)
+
+
+def _print_methods(summaries: Sequence[Summary], console: Console) -> None:
     console.print(_table(summaries, 1 if console.width >= _ROOMY else 0))
     for axis in dict.fromkeys(column.axis for column in HEADLINE):
         console.print(_legend(axis))
@@ -63,6 +85,49 @@ def _along(shown: Sequence[Course]) -> Table:
             name = Text(course.summary.label if place == 0 else "")
             table.add_row(name, measure.title, *map(_brief, values), style=style)
     return table
+
+
+def _print_trace(view: TraceView, console: Console) -> None:
+    """Mean probabilities and the largest average indirect effects, with 95% intervals."""
+    for corruption in view.corruptions:
+        found = [(title, view.effects[metric, corruption]) for metric, title in EFFECTS.items()]
+        heading = f"{view.label}, corrupted by {corruption_text(corruption)}"
+        console.print(Text(heading, style="bold"))
+        console.print(Text("  ".join(f"{title} {_share(e)}" for title, e in found)))
+        for note in dict.fromkeys(e.note for _, e in found if e.note):
+            console.print(Text(f"{note}."))
+        console.print(_peaks(view, [p for p in view.protocols if split(p)[0] == corruption]))
+
+
+def _peaks(view: TraceView, protocols: Sequence[str]) -> Table:
+    """Where the average indirect effect (AIE) of each kind of state is largest."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 2), pad_edge=False, show_edge=False)
+    for name in ("restored", "largest AIE", "at"):
+        table.add_column(name, overflow="fold")
+    table.add_column("layer", justify="right")
+    table.add_column("at last subject", overflow="fold")
+    table.add_column("layer", justify="right")
+    for protocol in protocols:
+        tops = [peak(view, protocol), peak(view, protocol, "last_subject")]
+        values = [_with_ends(top.estimate) if top else "" for top in tops]
+        layers = [str(top.layer) if top else "" for top in tops]
+        place = tops[0].group.replace("_", " ") if tops[0] else ""
+        line = (kind_text(split(protocol)[1]), values[0], place, layers[0], values[1], layers[1])
+        table.add_row(*map(Text, line))
+    return table
+
+
+def _share(estimate: Estimate) -> str:
+    """A share with its 95% interval, if it has one, in two decimals."""
+    ends = interval_text(estimate, "share")
+    return value_text(estimate, "share") + (f" ({ends})" if ends else "")
+
+
+def _with_ends(estimate: Estimate) -> str:
+    """A value with its 95% interval, if it has one."""
+    if estimate.low is None:
+        return plain(estimate.value)
+    return f"{plain(estimate.value)} ({plain(estimate.low)}{DASH}{plain(estimate.high)})"
 
 
 def _brief(number: str) -> str:

@@ -21,6 +21,14 @@ from palimpsest.record.row import Row
 from palimpsest.record.sequences import courses
 from palimpsest.record.store import Run
 from palimpsest.record.summary import Summary, summarise
+from palimpsest.record.traces import (
+    TraceView,
+    aie_rows,
+    is_trace,
+    peak,
+    traced_facts,
+    views,
+)
 
 Mode = Literal["online", "offline", "disabled"]
 
@@ -165,11 +173,16 @@ class WandbLive:
     def log_results(self, run: Run) -> None:
         """Log means by step, headline numbers, rows, key figures and the intervention's files.
 
+        Of a run of causal tracing: mean and largest effects, AIE as a table, and its figures.
+
         Raises:
             WriteError: there is no room.
         """
         with writing(run.path / "wandb"):
-            self._log(run)
+            if is_trace(run):
+                self._log_trace(run)
+            else:
+                self._log(run)
 
     def _log(self, run: Run) -> None:
         [summary] = summarise([run])
@@ -190,6 +203,27 @@ class WandbLive:
             "figures/recoverability": figures.recoverability([summary]),
             "figures/two_hop": figures.two_hop([summary]),
         }
+        return {name: self.wandb.Plotly(fig) for name, fig in made.items() if fig is not None}
+
+    def _log_trace(self, run: Run) -> None:
+        [view] = views([run])
+        self.live.log({"aie": self._aie_table(view), **self._trace_figures(view)})
+        self.live.summary.update(_trace_scalars(view))
+
+    def _aie_table(self, view: TraceView) -> Any:
+        names = ["corruption", "kind", "position", "layer", "value", "low", "high", "n"]
+        data = [[*place, e.value, e.low, e.high, e.n] for *place, e in aie_rows(view)]
+        return self.wandb.Table(columns=names, data=data)
+
+    def _trace_figures(self, view: TraceView) -> dict[str, Any]:
+        from palimpsest.record import trace_figures
+
+        made = {
+            "figures/average": trace_figures.average(view),
+            "figures/aie": trace_figures.curves(view),
+        }
+        for place, traced in enumerate(traced_facts(view)):
+            made[f"figures/fact-{place}"] = trace_figures.fact(view, traced)
         return {name: self.wandb.Plotly(fig) for name, fig in made.items() if fig is not None}
 
     def _artifact(self, run: Run) -> None:
@@ -250,6 +284,19 @@ def _logged_in() -> bool:
 def _scalars(summary: Summary) -> dict[str, float]:
     """The headline numbers that have a value, by flat name."""
     return {key: e.value for key, e in summary.values.items() if e.value is not None}
+
+
+def _trace_scalars(view: TraceView) -> dict[str, float]:
+    """Mean effects, and where the AIE of each protocol is largest, by flat name."""
+    means = {f"localization/{m}/{c}": e.value for (m, c), e in view.effects.items()}
+    found = {name: value for name, value in means.items() if value is not None}
+    for protocol in view.protocols:
+        for name, group in (("peak_aie", None), ("peak_aie_last_subject", "last_subject")):
+            top = peak(view, protocol, group)
+            if top is not None and top.estimate.value is not None:
+                found[f"localization/{name}/{protocol}"] = top.estimate.value
+                found[f"localization/{name}_layer/{protocol}"] = top.layer
+    return found
 
 
 def _by_step(summary: Summary) -> list[tuple[int, dict[str, float]]]:

@@ -1,0 +1,153 @@
+"""Causal tracing as an experiment of its own: facts, a model, a trace of each fact, a record."""
+
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from palimpsest.errors import RequestError
+from palimpsest.evaluate.asking import knows
+from palimpsest.facts.dataset import DataSet
+from palimpsest.facts.fact import Fact, FactSet
+from palimpsest.facts.splits import Splits, split
+from palimpsest.locate.tracing import Trace, Tracing
+from palimpsest.model.handle import ModelHandle
+from palimpsest.model.load import Pretrained
+from palimpsest.record import provenance
+from palimpsest.record.provenance import Phase, Stopwatch
+from palimpsest.record.recording import Recording
+from palimpsest.record.store import RunStore
+from palimpsest.results import asked, described, recorded
+
+TRACED = ("target", "test", "dev", "others")
+"""Splits of facts that the model knows."""
+
+
+@dataclass(frozen=True)
+class TraceExperiment:
+    """Everything that a trace is made of, configured and named.
+
+    Attributes:
+        model: where the model comes from.
+        facts: the data set and its split plan.
+        tracing: how facts are traced.
+        recording: where the results go.
+        split: the facts that are traced.
+        seed: of the splits.
+        names: of the facts, as on the command line.
+        config: the resolved configuration, for the record.
+        command: the command line, for the record.
+    """
+
+    model: Pretrained
+    facts: DataSet
+    tracing: Tracing
+    recording: Recording
+    split: str
+    seed: int
+    names: dict[str, str]
+    config: dict[str, Any]
+    command: str
+
+    def __post_init__(self) -> None:
+        """Check the split.
+
+        Raises:
+            RequestError: it is none whose facts the model knows.
+        """
+        if self.split not in TRACED:
+            raise RequestError(
+                f"expected split to be one of {', '.join(TRACED)}, whose facts the model knows, "
+                f"found {self.split!r}; choose one of them"
+            )
+
+    def traced(self, splits: Splits) -> tuple[Fact, ...]:
+        """The facts that are traced."""
+        facts: tuple[Fact, ...] = getattr(splits, self.split)
+        return facts
+
+    def check(self, model: ModelHandle, splits: Splits) -> None:
+        """Refuse what cannot be traced, before anything is written.
+
+        Raises:
+            RequestError: no fact, a prompt without its subject, or layers that the model lacks.
+        """
+        if not self.traced(splits):
+            raise RequestError(
+                f"expected facts that the model knows in the split {self.split}, found none; raise "
+                "its size and share under facts, or choose another split"
+            )
+        self.tracing.check(model, self.traced(splits))
+
+
+def trace(experiment: TraceExperiment, phase: Phase) -> tuple[Path, bool]:
+    """Trace known facts one by one and record every effect.
+
+    Returns:
+        the run's directory, and whether it was done before and is left as it was.
+
+    Raises:
+        RequestError: the request was wrong.
+    """
+    watch = Stopwatch()
+    timed = watch.timing(phase)
+    with timed("load"):
+        model = experiment.model.load()
+        facts = experiment.facts.load()
+
+    @cache
+    def splits() -> Splits:
+        with timed("split"):
+            found = split(facts, experiment.facts, experiment.seed, partial(knows, model))
+        experiment.check(model, found)
+        return found
+
+    def work(store: RunStore) -> None:
+        with timed("trace"):
+            _work(experiment, model, experiment.traced(splits()), store)
+
+    record = _record(experiment, model, facts)
+    return recorded(experiment.recording, record, model, splits, watch, work)
+
+
+def _work(
+    experiment: TraceExperiment, model: ModelHandle, facts: tuple[Fact, ...], store: RunStore
+) -> None:
+    tracing, portraits = experiment.tracing, []
+    for found in tracing.trace(model, facts):
+        section = f"trace/{found.fact.id}"
+        if not store.has(section):
+            store.append(tracing.rows(found, experiment.split), section=section)
+        portraits.append(_portrait(model, found))
+    store.write_facts(portraits)
+
+
+def _portrait(model: ModelHandle, found: Trace) -> dict[str, Any]:
+    """A traced fact in words: its prompt token by token."""
+    fact, row = found.fact, found.row
+    return {
+        "fact_id": fact.id,
+        "relation": fact.relation,
+        "subject": fact.subject,
+        "prompt": fact.prompt.text,
+        "true": fact.true,
+        "new": fact.new,
+        "tokens": [model.decode([token]) for token in row.ids[: row.prompt]],
+        "subject_tokens": list(row.subject or ()),
+    }
+
+
+def _record(experiment: TraceExperiment, model: ModelHandle, facts: FactSet) -> dict[str, Any]:
+    """run.json as far as it is known before the work begins."""
+    parts = {
+        **asked(model, facts, experiment.facts, experiment.seed),
+        "split": experiment.split,
+        "tracing": provenance.describe(experiment.tracing),
+    }
+    return {
+        "run_id": provenance.identity(parts),
+        "method": "trace",
+        "imitates": None,
+        "split": experiment.split,
+        **described(experiment, model, facts),
+    }
