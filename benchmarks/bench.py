@@ -48,8 +48,10 @@ def main() -> None:
     """Run every comparison and print its line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--counterfact", type=Path, help="its prompts, not the built-in ones")
-    counterfact = parser.parse_args().counterfact
-    torch.set_num_threads(2)
+    parser.add_argument("--threads", type=int, default=2, help="1 where other work is going on")
+    options = parser.parse_args()
+    counterfact = options.counterfact
+    torch.set_num_threads(options.threads)
     handle = gpt2_small()
     print(f"random GPT-2-small, float32, {torch.get_num_threads()} threads; CPU-seconds")
     print(f"{'work':<58}{'plain':>9}{'engine':>9}{'ratio':>8}{'error':>11}")
