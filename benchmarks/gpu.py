@@ -1,4 +1,4 @@
-"""`make bench-gpu`: ROME's seconds per edit at the sizes of GPT-2 XL and GPT-J, random weights.
+"""`make bench-gpu`: seconds per edit of ROME and per traced fact, GPT-2 XL's and GPT-J's size.
 
 64 facts, 22 prompts of at most 21 tokens each, 20 evaluations of the loss, bfloat16: what
 docs/performance.md states for one card. `--layers` makes the models smaller, to try it anywhere.
@@ -7,14 +7,18 @@ docs/performance.md states for one card. `--layers` makes the models smaller, to
 import argparse
 import random
 import time
+from dataclasses import replace
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalLM, PreTrainedModel
 
 from benchmarks.bench import fresh_cache, some_fact, text, tokenizer
+from palimpsest.facts.fact import Prompt
 from palimpsest.intervene.prefixes import GivenPrefixes
 from palimpsest.intervene.rome import Rome
 from palimpsest.intervene.values import ValueSearch
+from palimpsest.locate.corruption import noise
+from palimpsest.locate.tracing import Tracing
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.load import compile_blocks
 from palimpsest.model.memory import default_rows
@@ -47,6 +51,10 @@ def main() -> None:
             f"{options.facts} facts, peak {peak / 2**30:.1f} GiB, {handle.batch_size} rows a batch",
             flush=True,
         )
+        if size == "gpt-j":
+            tracing_seconds(handle, 1)
+            spent = tracing_seconds(handle, options.facts // 8 or 1)
+            print(f"{name}, {size}, bfloat16: {spent:.3f} s per traced fact", flush=True)
         del handle
 
 
@@ -63,6 +71,23 @@ def random_model(size: str, device: torch.device, layers: int | None) -> ModelHa
             model = GPTJForCausalLM(GPTJConfig(n_layer=layers or 28))
         torch.set_default_dtype(torch.float32)
     return ModelHandle(model, tokenizer(), size, "w1 ", default_rows(device))
+
+
+def tracing_seconds(handle: ModelHandle, facts: int) -> float:
+    """Wall-clock seconds a fact of tracing 10 tokens at every block, 3 kinds, 10 samples."""
+    rng = random.Random(facts)
+    rows = [
+        replace(
+            handle.encode(Prompt.fill("fit", f"{{}} {text(rng, 9)}", "w5"), "w9"), subject=(1, 2)
+        )
+        for _ in range(facts)
+    ]
+    how = Tracing(samples=10, level=1.0)
+    shifts = [noise(handle, row, 1.0, how.samples, 0) for row in rows]
+    started = time.perf_counter()
+    for row, shift in zip(rows, shifts, strict=True):
+        how.compute(handle, [row], [shift])  # probabilities come back to the CPU: all has run
+    return (time.perf_counter() - started) / facts
 
 
 def seconds(handle: ModelHandle, layer: int, facts: int) -> tuple[float, int]:

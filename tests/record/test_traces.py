@@ -23,7 +23,7 @@ from palimpsest.record.store import Run, RunStore, load_runs
 from palimpsest.record.summary import summarise
 from palimpsest.record.tables import to_csv as headline_csv
 from palimpsest.record.terminal import print_summary
-from palimpsest.record.trace_pictures import write_pictures
+from palimpsest.record.trace_pictures import write_view
 from palimpsest.record.trace_style import colour_stops, fact_title, limits, token_text
 from palimpsest.record.traces import (
     average_map,
@@ -187,7 +187,7 @@ def test_named_positions_alone_make_no_maps_of_facts(tmp_path):
     run = trace_run(tmp_path, facts=2, named=True, layers=(3,))
     [found] = views([run])
     assert traced_facts(found) == []
-    assert {path.name for path in write_pictures(run, tmp_path)} == {
+    assert {path.name for path in write_view(found, tmp_path / "figures")} == {
         f"{name}.{kind}" for name in ("aie", "average") for kind in ("png", "pdf")
     }
 
@@ -198,7 +198,7 @@ def test_nothing_traced_is_nothing_shown(tmp_path, write_run):
         [found] = views([run])
         assert (found.protocols, found.layers, found.groups) == ((), (), ())
         assert (trace_figures.average(found), trace_figures.curves(found)) == (None, None)
-        assert write_pictures(run, run.path) == []
+        assert write_view(found, run.path / "figures") == []
         assert "Causal tracing" in write_report(run.path).read_text()
 
 
@@ -278,7 +278,8 @@ def test_limits_reach_zero():
 
 def test_pictures_are_whole_and_named_by_place(tmp_path):
     before = dict(matplotlib.rcParams)
-    paths = write_pictures(trace_run(tmp_path, facts=3), tmp_path)
+    [view] = views([trace_run(tmp_path, facts=3)])
+    paths = write_view(view, tmp_path / "figures")
     names = ["aie", "average", "fact-0", "fact-1"]
     assert [path.name for path in paths] == [
         f"{n}.{kind}" for n in names for kind in ("png", "pdf")

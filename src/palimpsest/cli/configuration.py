@@ -14,7 +14,13 @@ from palimpsest.errors import RequestError, nearest
 
 ROOT = Path(__file__).resolve().parents[3]
 
-OWN: dict[str, type] = {"seed": int, "protocol": str, "contexts": int, "split": str}
+OWN: dict[str, type] = {
+    "seed": int,
+    "protocol": str,
+    "objective": str,
+    "contexts": int,
+    "split": str,
+}
 """Keys beside the parts, and their types."""
 
 PARTS = ("model", "facts", "locate", "tracing", "intervene", "evaluate", "record")
@@ -23,7 +29,7 @@ PARTS = ("model", "facts", "locate", "tracing", "intervene", "evaluate", "record
 KEYS = {
     "run": (
         *("model", "facts", "locate", "intervene", "evaluate", "record"),
-        *("seed", "protocol", "contexts"),
+        *("seed", "protocol", "objective", "contexts"),
     ),
     "trace": ("model", "facts", "tracing", "record", "seed", "split"),
 }

@@ -176,6 +176,10 @@ def _about_fact(
 ) -> Iterator[Row]:
     """What one prompt about the fact says of its new object and its old one."""
     yield from _wins(row, metric, prompt, answer, fact.new or "", fact.true)
+    chance = partial(row, protocol="string", prompt_id=prompt.id)
+    yield chance(metric="old_probability", value=math.exp(answer[fact.true].logprob))
+    if fact.new:
+        yield chance(metric="new_probability", value=math.exp(answer[fact.new].logprob))
     gone = partial(row, metric="suppression", prompt_id=prompt.id)
     yield gone(protocol="candidates", value=float(best(answer) != fact.true))
     yield gone(protocol="vocabulary", value=float(not answer[fact.true].argmax))

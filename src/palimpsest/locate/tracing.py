@@ -166,7 +166,8 @@ class Tracing:
         self.check(model, facts)
         rows = [_row(model, fact) for fact in facts]
         shifts = self._shifts(model, facts, rows)
-        some = max(1, model.batch_size // (self.samples + 1))
+        widest = max((len(self._places(row)) for row in rows), default=1)
+        some = max(1, model.batch_size // (widest * self.samples * len(self.kinds)))
         for first in range(0, len(facts), some):
             chunk = slice(first, first + some)
             found = self._found(model, rows[chunk], shifts[chunk])

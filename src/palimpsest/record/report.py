@@ -10,10 +10,11 @@ import jinja2
 import plotly.offline
 
 from palimpsest.files import write_text
-from palimpsest.record import figures, tables, trace_figures, traces
+from palimpsest.record import figures, localization, tables, trace_figures, traces
 from palimpsest.record.columns import HEADLINE, Column
 from palimpsest.record.intervals import RESAMPLES, Estimate
 from palimpsest.record.labels import differences
+from palimpsest.record.localization import Finding
 from palimpsest.record.sequences import (
     FIRST,
     SHOWN,
@@ -28,7 +29,7 @@ from palimpsest.record.sequences import (
 from palimpsest.record.store import Run, load_runs, load_unfinished
 from palimpsest.record.style import styles
 from palimpsest.record.summary import Detail, Summary, details, summarise
-from palimpsest.record.text import DASH, direction_text, interval_text, plain, value_text
+from palimpsest.record.text import DASH, decimals, direction_text, interval_text, plain, value_text
 from palimpsest.record.trace_pictures import write_view
 from palimpsest.record.traces import Peak, TracedFact, TraceView
 
@@ -125,7 +126,8 @@ def write_report(directory: Path) -> Path:
 
     Where a run was measured along a sequence of edits, sequence.csv too. Runs of causal tracing
     have a section of the page, trace.csv and pictures in `figures/` (of several such runs in
-    `figures/<run_id>/`); without other runs there is no report.csv nor report.tex.
+    `figures/<run_id>/`); without other runs there is no report.csv nor report.tex. Where traces and
+    edits at several layers stand together, localization.csv.
 
     Args:
         directory: a sweep's directory, or one run's.
@@ -147,15 +149,18 @@ def write_report(directory: Path) -> Path:
         write_text(directory / "sequence.csv", tables.sequences_to_csv(shown))
     if traced:
         _write_traces(traced, directory)
+    if informed := localization.findings(runs):
+        write_text(directory / "localization.csv", localization.to_csv(informed))
     page = directory / "report.html"
     title = directory.resolve().name
-    write_text(page, render(summaries, traced, load_unfinished(directory), title))
+    write_text(page, render(summaries, traced, informed, load_unfinished(directory), title))
     return page
 
 
 def render(
     summaries: Sequence[Summary],
     traced: Sequence[TraceView],
+    informed: Sequence[Finding],
     unfinished: Sequence[Mapping[str, Any]],
     title: str,
 ) -> str:
@@ -179,6 +184,7 @@ def render(
         panels=panels[:MAX_PANELS],
         hidden_panels=max(len(panels) - MAX_PANELS, 0),
         traced=[_trace_section(view) for view in traced],
+        informed=[(finding, _regressions(finding)) for finding in informed],
         details=_details(details(summaries)),
         summaries=summaries,
         listed=_listed(summaries) + _listed(traced),
@@ -345,6 +351,20 @@ def _peak_line(
         _detail_cell(subject.estimate) if subject else Cell(""),
         Cell(str(subject.layer)) if subject else Cell(""),
     )
+
+
+def _regressions(finding: Finding) -> list[Cell]:
+    """R² by layer, by effect, by both, and its increase beyond chance."""
+    if finding.study is None:
+        return [Cell(DASH, "", finding.note or "")] * len(localization.R2)
+    values = [getattr(finding.study, name) for name in localization.R2]
+    return [Cell(decimals(v.value), _ends(v), _tip(_count(v), v.note)) for v in values]
+
+
+def _ends(estimate: Estimate) -> str:
+    if estimate.low is None or estimate.high is None:
+        return ""
+    return f"{decimals(estimate.low)}{DASH}{decimals(estimate.high)}"
 
 
 def _trace_charts(traced: Sequence[TraceView]) -> dict[str, Any]:

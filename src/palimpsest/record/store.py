@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import duckdb
+import safetensors
 
 from palimpsest.errors import RequestError, WriteError
 from palimpsest.files import atomic, write_json, write_text, writing
@@ -102,11 +103,19 @@ def is_done(directory: Path) -> bool:
 def check_earlier(directory: Path) -> None:
     """Refuse a run's directory whose earlier attempt, finished or not, is not to be judged.
 
+    Of a finished one only what takes no time is looked at: that each file is there, whole, and of
+    its kind.
+
     Raises:
-        RequestError: its run.json cannot be read, or is of another schema.
+        RequestError: its run.json cannot be read, or is of another schema; a finished one lacks a
+            file, or has one that cannot be read.
     """
-    if (directory / "run.json").exists() or is_done(directory):
-        _check_schema(_run_json(directory), directory)
+    _check_record(directory)
+    if is_done(directory):
+        _check_parquet(directory / "rows.parquet")
+        _facts(directory)
+        if _run_json(directory)["method"] != "trace":
+            _check_intervention(directory / "intervention")
 
 
 class RunStore:
@@ -139,7 +148,7 @@ class RunStore:
                 schema, or one whose run.json cannot be read.
             WriteError: there is no room; what an earlier attempt left stays.
         """
-        check_earlier(directory)
+        _check_record(directory)
         if is_done(directory):
             raise RequestError(
                 f"expected a new or unfinished run in {directory}, found a finished one; "
@@ -252,6 +261,12 @@ def load_unfinished(directory: Path) -> list[dict[str, Any]]:
     return [_run_json(path) for path in paths]
 
 
+def _check_record(directory: Path) -> None:
+    """Refuse a run.json, where there is one or has to be, of another schema or not to be read."""
+    if (directory / _RUN).exists() or is_done(directory):
+        _check_schema(_run_json(directory), directory)
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -348,6 +363,10 @@ def _jsonl(path: Path) -> str:
     return f"(SELECT * FROM {file} WHERE metric IS NOT NULL)"  # not the lines that end a section
 
 
+def _parquet(path: Path) -> str:
+    return f"read_parquet({_sql_text(glob.escape(str(path)))})"
+
+
 def _read_rows(source: str) -> list[Row]:
     query = f"SELECT {', '.join(COLUMNS)} FROM {source} ORDER BY {_ORDER}"
     with _database() as database:
@@ -370,7 +389,7 @@ def _load(path: Path) -> Run:
     run = _run_json(path)
     _check_schema(run, path)
     try:
-        rows = _read_rows(f"read_parquet({_sql_text(glob.escape(str(path / 'rows.parquet')))})")
+        rows = _read_rows(_parquet(path / "rows.parquet"))
     except duckdb.Error as error:
         raise _unreadable(path / "rows.parquet", error) from error
     return Run(run, rows, _facts(path), path)
@@ -386,6 +405,28 @@ def _check_schema(run: Mapping[str, Any], path: Path) -> None:
         )
 
 
+def _check_parquet(path: Path) -> None:
+    """Refuse what is no parquet file with the columns of rows, by its last bytes alone."""
+    query = f"SELECT {', '.join(COLUMNS)} FROM {_parquet(path)} LIMIT 0"
+    try:
+        with _database() as database:
+            database.execute(query)
+    except duckdb.Error as error:
+        raise _unreadable(path, error) from error
+
+
+def _check_intervention(directory: Path) -> None:
+    """Refuse tensors that are not there, or not as many bytes as their header says."""
+    if not isinstance(_json(directory / "intervention.json"), dict):
+        raise _unreadable(directory / "intervention.json", "expected an object")
+    file = directory / "intervention.safetensors"
+    try:
+        with safetensors.safe_open(file, framework="pt"):
+            pass
+    except (OSError, safetensors.SafetensorError) as error:
+        raise _unreadable(file, error) from error
+
+
 def _run_json(path: Path) -> dict[str, Any]:
     run = _json(path / "run.json")
     needed = ("run_id", "method", "status")
@@ -396,7 +437,10 @@ def _run_json(path: Path) -> dict[str, Any]:
 
 def _facts(path: Path) -> list[dict[str, Any]]:
     file = path / "facts.json"
-    return list(_json(file)) if file.exists() else []
+    found = _json(file) if file.exists() else []
+    if not isinstance(found, list):
+        raise _unreadable(file, "expected a list")
+    return found
 
 
 def _json(path: Path) -> Any:

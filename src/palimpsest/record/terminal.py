@@ -9,10 +9,11 @@ from rich.text import Text
 
 from palimpsest.record.columns import HEADLINE
 from palimpsest.record.intervals import Estimate
+from palimpsest.record.localization import R2, Finding, findings
 from palimpsest.record.sequences import SHOWN, Course, columns, courses, heading
 from palimpsest.record.store import Run
 from palimpsest.record.summary import Summary, summarise
-from palimpsest.record.text import DASH, direction_text, interval_text, plain, value_text
+from palimpsest.record.text import DASH, decimals, direction_text, interval_text, plain, value_text
 from palimpsest.record.traces import (
     EFFECTS,
     TraceView,
@@ -42,6 +43,25 @@ def print_summary(runs: Sequence[Run], console: Console) -> None:
         console.print()
     for view in traced:
         _print_trace(view, console)
+    if found := findings(runs):
+        console.print()
+        console.print(_informed(found))
+
+
+def _informed(found: Sequence[Finding]) -> Table:
+    """What the effect tells of an edit's success, a line for each kind of edit and of state."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 2), pad_edge=False, show_edge=False)
+    for name in ("edit", "objective", "traced"):
+        table.add_column(name, overflow="fold")
+    for name in ("R² layer", "effect", "both", "beyond chance"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("the effect", overflow="fold")
+    for each in found:
+        made = each.study
+        numbers = [decimals(getattr(made, name).value) if made else DASH for name in R2]
+        verdict = made.verdict if made else each.note or ""
+        table.add_row(each.method, each.objective, Text(each.protocol), *numbers, Text(verdict))
+    return table
 
 
 def _print_methods(summaries: Sequence[Summary], console: Console) -> None:

@@ -45,6 +45,11 @@ def plain(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
+def decimals(value: float | None) -> str:
+    """Three decimals, no sign on zero; a dash if it is missing."""
+    return DASH if value is None else f"{value:z.3f}"
+
+
 def _number(value: float, style: Literal["share", "number", "rank"]) -> str:
     if style == "share":
         return f"{value:.2f}"

@@ -11,7 +11,6 @@ import numpy as np
 
 from palimpsest.files import atomic
 from palimpsest.record.intervals import Estimate, Floats
-from palimpsest.record.store import Run
 from palimpsest.record.style import FAINT, GRID, INK
 from palimpsest.record.trace_style import (
     COLUMNS,
@@ -31,7 +30,6 @@ from palimpsest.record.traces import (
     average_map,
     band,
     traced_facts,
-    views,
 )
 
 if TYPE_CHECKING:
@@ -62,12 +60,12 @@ _ROW = 0.165
 """Height of a row of a heat map, in inches."""
 
 
-def write_pictures(run: Run, directory: Path) -> list[Path]:
-    """Write a trace run's pictures into `directory/figures/`, as PNG and as PDF.
+def write_view(view: TraceView, folder: Path) -> list[Path]:
+    """Write a trace run's pictures into a folder of their own, as PNG and as PDF.
 
     Args:
-        run: a finished run of causal tracing.
-        directory: usually the run's own.
+        view: of a finished run of causal tracing.
+        folder: holds nothing else.
 
     Returns:
         the files: `aie`, `average` and, for the first facts, `fact-0`, `fact-1`, ...; those of
@@ -77,12 +75,6 @@ def write_pictures(run: Run, directory: Path) -> list[Path]:
         RequestError: the directory cannot be written.
         WriteError: there is no room.
     """
-    [view] = views([run])
-    return write_view(view, directory / "figures")
-
-
-def write_view(view: TraceView, folder: Path) -> list[Path]:
-    """Write the pictures of a view into a folder of their own: `write_pictures`."""
     with _drawing():
         return [path for name, figure in _figures(view) for path in _saved(figure, folder / name)]
 
