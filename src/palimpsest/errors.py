@@ -1,7 +1,15 @@
 """The exceptions that need no traceback, and how their messages are worded."""
 
 import difflib
+import math
+import unicodedata
 from collections.abc import Iterable
+
+LARGEST_SEED = 2**63 - 1
+"""What every generator takes."""
+
+_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+"""Unicode's categories of what controls a terminal, or cannot be seen."""
 
 
 class RequestError(Exception):
@@ -29,6 +37,44 @@ def check_at_least(name: str, value: float, least: int) -> None:
     """
     if value < least:
         raise RequestError(f"expected {name} to be at least {least}, found {value}; raise it")
+
+
+def check_number(
+    name: str, value: float, *, above: float | None = None, least: float | None = None
+) -> None:
+    """Refuse a number that is not finite, not above `above`, or less than `least`.
+
+    Raises:
+        RequestError: names the setting, what it may be and what was found.
+    """
+    low = (above is not None and value <= above) or (least is not None and value < least)
+    if math.isfinite(value) and not low:
+        return
+    bound = "" if above is None else f" above {above:g}"
+    bound = bound if least is None else f" of {least:g} or more"
+    raise RequestError(
+        f"expected {name} to be a finite number{bound}, found {value}; set such a one"
+    )
+
+
+def check_seed(name: str, value: int) -> None:
+    """Refuse a seed that not every generator takes.
+
+    Raises:
+        RequestError: it is negative or too large.
+    """
+    if not 0 <= value <= LARGEST_SEED:
+        raise RequestError(
+            f"expected {name} from 0 to {LARGEST_SEED}, found {value}; choose another seed"
+        )
+
+
+def visible(text: str) -> str:
+    """The text with every control or formatting character escaped, a new line among them."""
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in _HIDDEN else c
+        for c in text
+    )
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -173,6 +173,15 @@ def reading(path: Path) -> Iterator[None]:
         ) from error
 
 
+def is_cached(kind: str, key: Mapping[str, Any]) -> bool:
+    """Whether `cached_tensors` has a file for a key."""
+    return _cached(kind, key).exists()
+
+
+def _cached(kind: str, key: Mapping[str, Any]) -> Path:
+    return cache_dir() / kind / f"{fingerprint(dict(key))[:32]}.safetensors"
+
+
 def cached_tensors(
     kind: str, key: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
@@ -190,7 +199,7 @@ def cached_tensors(
         RequestError: the cache has none and cannot be written.
         WriteError: there is no room.
     """
-    path = cache_dir() / kind / f"{fingerprint(dict(key))[:32]}.safetensors"
+    path = _cached(kind, key)
     with suppress(OSError, safetensors.SafetensorError):  # not there, or damaged: made anew
         return safetensors.torch.load_file(path)
     with writing(path):

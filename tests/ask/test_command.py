@@ -1,12 +1,14 @@
 """`palimpsest ask` as a command: once, wrongly, and line by line."""
 
+import io
 import re
+import time
 from pathlib import Path
 
 import pytest
 
 from palimpsest.cli import _parser
-from palimpsest.cli.ask import ask
+from palimpsest.cli.ask import LONGEST, ask, converse
 from tests.ask.surroundings import lived, overrides
 
 
@@ -55,6 +57,36 @@ def test_a_named_relation_is_taken(call, words):
     outcome = call(*words, "--relation", "P103")
     assert outcome.code == 0, outcome.err
     assert "Relation P103, as named." in outcome.out
+
+
+def waits(outcome):
+    """The lines that tell that second moments are not there yet."""
+    return [line for line in outcome.err.splitlines() if "sampled from the model once" in line]
+
+
+def test_second_moments_are_few_and_waited_for_once(call, words, tmp_path, monkeypatch):
+    monkeypatch.setenv("PALIMPSEST_CACHE", str(tmp_path / "own"))
+    words = [*words, "--methods", "rome,random_delta,rome_plain"]
+    first = call(*words)
+    assert waits(first) == [
+        f"{name}: second moments over 128 tokens are sampled from the model once, then cached"
+        for name in ("rome", "random_delta")
+    ]
+    said = " ".join(first.out.split())
+    for name, key in (("rome", "moments"), ("random_delta", "base.moments")):
+        assert f"{name}: second moments over 128 sampled tokens, to be quick; " in said
+        assert f"{name}:intervene.{key}.tokens=null takes a run's 640." in said
+    assert "rome_plain: second moments" not in said
+    assert waits(call(*words)) == []
+    assert len(waits(call(*words, "locate.layer=1"))) == 2
+
+
+def test_all_of_a_run_s_second_moments(call, words, tmp_path, monkeypatch):
+    monkeypatch.setenv("PALIMPSEST_CACHE", str(tmp_path / "own"))
+    (tmp_path / "own" / "moments").mkdir(parents=True)
+    outcome = call(*words, "--methods", "rome", "rome:intervene.moments.tokens=null")
+    assert waits(outcome)[0].startswith("rome: second moments over 640 tokens")
+    assert "sampled tokens" not in outcome.out
 
 
 @pytest.mark.parametrize(
@@ -117,12 +149,17 @@ class Typed:
     def isatty(self):
         return False
 
-    def readline(self):
-        return self.lines.pop(0) if self.lines else ""
+    def readline(self, size):
+        if not self.lines:
+            return ""
+        line = self.lines.pop(0)
+        if len(line) > size:
+            self.lines.insert(0, line[size:])
+        return line[:size]
 
 
 @pytest.fixture
-def converse(tiny, words, capfd):
+def typed(tiny, words, capfd):
     """Type lines; the exit code, stdout, and the lines of stderr after the invitation."""
 
     def run(*lines, fact=False):
@@ -135,17 +172,17 @@ def converse(tiny, words, capfd):
     return run
 
 
-def test_lines_are_put_to_every_method(converse, words):
-    code, out, err = converse(words[1], fact=True)
+def test_lines_are_put_to_every_method(typed, words):
+    code, out, err = typed(words[1], fact=True)
     assert (code, err) == (0, [])
     said = dict(line.split()[:2] for line in out.splitlines()[-2:])
     assert list(said) == ["none", "rome"]
     assert said["none"] == words[5]
 
 
-def test_a_fact_is_fitted_and_wrong_lines_are_passed_over(converse, words):
+def test_a_fact_is_fitted_and_wrong_lines_are_passed_over(typed, words):
     fact = " | ".join((words[1], words[3], words[5], words[7]))
-    code, out, err = converse(
+    code, out, err = typed(
         "hello",
         ":fact a | b",
         f":fact {fact}",
@@ -169,5 +206,42 @@ def test_a_fact_is_fitted_and_wrong_lines_are_passed_over(converse, words):
     assert "\x1b" not in out + "".join(err)
 
 
-def test_the_end_of_the_input_ends_it(converse):
-    assert converse() == (0, "", [])
+class Endless(io.TextIOBase):
+    """A line of a hundred million characters, then others; counts what it hands out at a time."""
+
+    def __init__(self, rest):
+        self.left, self.rest, self.most = 100_000_000, io.StringIO(rest), 0
+
+    def readline(self, size=-1):
+        if not self.left:
+            return self.rest.readline(size)
+        assert size > 0
+        self.most = max(self.most, size)
+        size = min(size, self.left)
+        self.left -= size
+        return "x" * size + ("" if self.left else "\n")
+
+
+def test_a_line_without_end_is_passed_over_without_a_model(capfd):
+    typed = Endless(":help\nhello\n:quit\n")
+    begun = time.monotonic()
+    converse(None, None, None, typed)
+    assert time.monotonic() - begun < 10
+    assert typed.most <= LONGEST + 1
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert told[0] == (
+        f"error: expected a line of at most {LONGEST} characters, found a longer one; shorten it"
+    )
+    assert told[1].startswith("error: expected a fact first")
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+def test_a_line_of_just_that_length_is_taken(capfd, extra):
+    converse(None, None, None, io.StringIO(":" + "x" * (LONGEST - 1 + extra) + "\n:quit\n"))
+    [told] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert ("a line of at most" in told) == bool(extra)
+    assert len(told) < 200
+
+
+def test_the_end_of_the_input_ends_it(typed):
+    assert typed() == (0, "", [])

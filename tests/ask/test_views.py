@@ -11,8 +11,9 @@ from rich.console import Console
 from palimpsest.ask.page import render
 from palimpsest.ask.reading import Said
 from palimpsest.ask.terminal import show
-from palimpsest.ask.text import BLOCKS, share, visible
+from palimpsest.ask.text import BLOCKS, share
 from palimpsest.cli.ask import picture
+from palimpsest.errors import visible
 from tests.ask.surroundings import LAYERS, METHODS, about
 
 HOSTILE = (

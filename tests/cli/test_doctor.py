@@ -6,6 +6,7 @@ from collections import namedtuple
 from importlib.metadata import PackageNotFoundError
 
 import pytest
+from huggingface_hub import constants
 
 from palimpsest.cli import doctor
 from palimpsest.model.fetch import CATALOGUE, RECORD
@@ -17,13 +18,14 @@ Usage = namedtuple("Usage", "total used free")
 
 @pytest.fixture
 def healthy(tmp_path, monkeypatch):
-    """A cache with a model, and room on the disk."""
+    """A cache with a model, none of the hub's, and room on the disk."""
     cache = tmp_path / "cache"
     home = cache / "models" / "smollm2"
     home.mkdir(parents=True)
     (home / RECORD).write_text("{}")
     (home / "model.safetensors").write_bytes(bytes(3 * 2**20))
     monkeypatch.setenv("PALIMPSEST_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     room(monkeypatch, 100)
     return cache
 
@@ -52,6 +54,37 @@ def test_nothing_is_wrong_with_a_healthy_machine(call, healthy, tmp_path):
     ):  # fmt: skip
         assert word in outcome.out
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def fetched(hub, name, kind="models", file="model.safetensors", size=2 * 2**20):
+    """A repository as the hub's own client caches it."""
+    place = hub / f"{kind}--{name.replace('/', '--')}"
+    snapshot = place / "snapshots" / ("0" * 40)
+    for part in (snapshot, place / "blobs", place / "refs"):
+        part.mkdir(parents=True)
+    (place / "refs" / "main").write_text("0" * 40)
+    (place / "blobs" / "a").write_bytes(bytes(size))
+    (snapshot / file).symlink_to(place / "blobs" / "a")
+
+
+def test_models_in_the_hub_s_cache_are_listed(call, healthy, tmp_path):
+    hub = tmp_path / "hub"
+    none = f"ok models in the hub's cache {hub}: none; model.path=OWNER/NAME fetches one\n"
+    assert none in call("doctor").out
+    fetched(hub, "owner/small")
+    fetched(hub, "another/large", size=3 * 2**20)
+    fetched(hub, "owner/facts", "datasets")
+    fetched(hub, "owner/only-a-tokenizer", file="tokenizer.json")
+    fetched(hub, "owner/\x1b[31mred")
+    outcome = call("doctor")
+    assert wrong(outcome) == []
+    line = r"another/large 3 MiB, owner/\x1b[31mred 2 MiB, owner/small 2 MiB"
+    assert f"ok models in the hub's cache {hub}: {line}\n" in outcome.out
+
+
+def test_a_file_in_the_place_of_the_hub_s_cache_is_no_model(call, healthy, tmp_path):
+    (tmp_path / "hub").write_text("")
+    assert f"ok models in the hub's cache {tmp_path / 'hub'}: none; " in call("doctor").out
 
 
 def test_a_missing_model_comes_with_the_command_that_fetches_it(call, healthy):

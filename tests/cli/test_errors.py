@@ -30,6 +30,10 @@ class Case:
     begun: bool = False
 
 
+TOKENIZERS = {"no_tokenizer": "{", "half_tokenizer": "{}", "listed_tokenizer": "[1]"}
+"""Model directories, and what their tokenizer.json holds."""
+
+
 def cases(*rows: tuple) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", [Case(*row) for row in rows], ids=lambda c: c.name)
 
@@ -64,6 +68,9 @@ def files(tiny, tmp_path):
     weightless = shutil.ignore_patterns("*.safetensors")
     shutil.copytree(tiny.model, tmp_path / "weightless", ignore=weightless)
     shutil.copytree(tiny.ignorant, tmp_path / "ignorant")
+    for name, text in TOKENIZERS.items():
+        shutil.copytree(tiny.model, tmp_path / name)
+        (tmp_path / name / "tokenizer.json").write_text(text)
 
 
 def listed(directory: Path) -> set[str]:
@@ -185,6 +192,9 @@ def test_a_key_that_the_class_takes_may_be_added(call, few, tmp_path):
     ("no model", "model.path=no/such/model", r"^expected .* found 'no/such/model' .*; set model"),
     ("empty model directory", "model.path=empty", r"expected a model directory .* found 'empty'"),
     ("no weights", "model.path=weightless", r"found 'weightless' .*model\.safetensors.*; set mod"),
+    ("no tokenizer", "model.path=no_tokenizer", r"found 'no_tokenizer' \(.+\); set model\.path to"),
+    ("half a tokenizer", "model.path=half_tokenizer", r"found 'half_tokenizer' \(.+\); set model"),
+    ("another tokenizer", "model.path=listed_tokenizer", r"found 'listed_tokenizer' \(.+\); set"),
     ("variant", "intervene.variant=plian", r"intervene\.variant .* found 'plian'; .* 'plain'\?$"),
     ("protocol", "intervene.protocol=bacth", r"protocol .* found 'bacth'; did you mean 'batch'\?$"),
     (
@@ -200,6 +210,34 @@ def test_a_key_that_the_class_takes_may_be_added(call, few, tmp_path):
     ("negative layer", "locate.layer=-1", r"a layer from 0 to 3 for model, found -1; set locate"),
     ("depth", "locate.layer=null locate.depth=erly", r"depth .* found 'erly'; .* 'early'\?"),
     ("steps", "intervene.search.steps=0", r"intervene\.search\.steps to be at least 1, found 0;"),
+    ("large seed", f"seed={10**23}", rf"seed from 0 to {2**63 - 1}, found {10**23}; choose anothe"),
+    ("seed beyond", f"seed={2**63}", rf"seed from 0 to {2**63 - 1}, found {2**63}; choose another"),
+    ("negative seed", "seed=-1", r"seed from 0 to \d+, found -1; choose another seed$"),
+    ("seed of no method", "intervene=none seed=-1", r"^expected seed from 0 to \d+, found -1; ch"),
+    ("seed of LEACE", "intervene=leace seed=-1", r"intervene\.seed from 0 to \d+, found -1; choo"),
+    ("seed of LoRA", "intervene=ft_lora seed=-1", r"intervene\.seed from 0 to \d+, found -1; choo"),
+    ("seed of a control", "intervene=random_delta intervene.seed=-1", r"intervene\.seed from 0 to"),
+    ("seed of moments", "intervene.moments.seed=-1", r"moments\.seed from 0 to \d+, found -1; ch"),
+    ("negative rate", "intervene.search.lr=-1", r"^expected intervene\.search\.lr to be a finite "
+     r"number above 0, found -1; set such a one$"),
+    ("no rate", "intervene.search.lr=nan", r"search\.lr to be a finite number above 0, found nan;"),
+    ("endless rate", "intervene.search.lr=inf", r"lr to be a finite number above 0, found inf; se"),
+    ("clamp", "intervene.search.clamp=0", r"search\.clamp to be a finite number above 0, found 0"),
+    ("noise", "intervene.search.noise=nan", r"search\.noise to be a finite number above 0, found"),
+    ("divergence", "intervene.search.kl=-1", r"kl to be a finite number of 0 or more, found -1; s"),
+    ("decay", "intervene.search.weight_decay=nan", r"weight_decay to be a finite number of 0 or m"),
+    ("stop", "intervene.search.stop_below=nan", r"stop_below to be a finite number, found nan; se"),
+    ("rate of FT", "intervene=ft intervene.lr=-1", r"intervene\.lr to be a finite number above 0"),
+    ("stop of FT", "intervene=ft intervene.stop_below=inf", r"stop_below to be a finite number, f"),
+    ("bound of FT-L", "intervene=ft_l intervene.bound=nan", r"bound to be a finite number above 0"),
+    ("rate of LoRA", "intervene=ft_lora intervene.lr=0", r"intervene\.lr to be a finite number ab"),
+    ("alpha of LoRA", "intervene=ft_lora intervene.alpha=nan", r"intervene\.alpha to be a finite "),
+    ("weight", "intervene=memit intervene.weight=-1", r"weight to be a finite number above 0, fou"),
+    ("ridge", "intervene=emmet intervene.ridge=-1", r"ridge to be a finite number of 0 or more, f"),
+    ("threshold", "intervene=alphaedit intervene.threshold=nan", r"threshold to be a finite numbe"),
+    ("ridge of AlphaEdit", "intervene=alphaedit intervene.ridge=0", r"ridge to be a finite number"),
+    ("tolerance", "intervene=leace intervene.svd_tol=-1", r"svd_tol to be a finite number of 0 or"),
+    ("penalty", "evaluate.recoverability.c=0", r"recoverability\.c to be a finite number above 0,"),
     ("contexts", "contexts=-1", r"intervene\.prefixes\.count to be at least 0, found -1; raise"),
     ("length of contexts", "intervene.prefixes.lengths=[5,0]", r"at least 1, found 0; raise"),
     ("top_k", "intervene.prefixes.top_k=0", r"intervene\.prefixes\.top_k to be at least 1, found"),

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import duckdb
 import pytest
 
 import palimpsest
@@ -262,6 +263,56 @@ def test_a_finished_run_without_its_run_json_is_refused(call, few, unfinished):
     (unfinished / "run.json").unlink()
     (unfinished / "DONE").touch()
     check_refused(call, few, unfinished, "cannot read results/runs/")
+
+
+def cut(path: Path) -> None:
+    """Leave half of a file."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def overwrite(path: Path) -> None:
+    """Let another file stand there, of the same size."""
+    path.write_bytes(b"x" * path.stat().st_size)
+
+
+@pytest.fixture
+def finished(few, done, tmp_path) -> Path:
+    """The directory of a finished run of LEACE."""
+    path = tmp_path / "results" / "runs" / done["leace"].run_id
+    shutil.copytree(done["leace"].path, path)
+    return path
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut, overwrite])
+@pytest.mark.parametrize(
+    "name",
+    ["rows.parquet", "intervention/intervention.json", "intervention/intervention.safetensors"],
+)
+def test_a_finished_run_with_a_damaged_file_is_refused(call, few, finished, name, damage):
+    damage(finished / name)
+    check_refused(call, few, finished, f"cannot read results/runs/{finished.name}/{name}: ")
+
+
+def test_a_finished_run_without_its_intervention_is_refused(call, few, finished):
+    shutil.rmtree(finished / "intervention")
+    check_refused(call, few, finished, "intervention/intervention.json: ")
+
+
+@pytest.mark.parametrize("garbage", [b"", b"[1", b"{}", b"\xff\xfe"])
+def test_a_finished_run_whose_facts_are_no_list_is_refused(call, few, finished, garbage):
+    (finished / "facts.json").write_bytes(garbage)
+    check_refused(call, few, finished, "/facts.json: ")
+
+
+def test_a_parquet_file_of_other_columns_is_refused(call, few, finished):
+    place = str(finished / "rows.parquet")
+    duckdb.execute(f"COPY (SELECT 1 AS a) TO '{place}' (FORMAT parquet)")
+    check_refused(call, few, finished, "/rows.parquet: ")
+
+
+def test_a_finished_run_that_is_whole_is_skipped(call, few, finished):
+    outcome = call("run", *few, "intervene=leace")
+    assert (outcome.code, outcome.err[:18]) == (0, "leace: done before")
 
 
 @pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, None])

@@ -192,6 +192,85 @@ def test_a_hostile_method_s_name_is_escaped_in_every_view(call, few, tmp_path):
     assert r"50\%\_\&\$\#\{[red]x[/red]" in tex
 
 
+# -- control characters ----------------------------------------------------------------------------
+
+CONTROLS = "\x1b[31m\x1b]0;evil\x1b\\\x9b2J"
+"""A colour, a window's title, and the C1 form of what clears the screen."""
+
+
+def check_shown(outcome, *parts):
+    """Nothing that controls the terminal, and the text all the same."""
+    shown = outcome.out + outcome.err
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", shown), ascii(shown)
+    for part in (r"\x1b[31m\x1b]0;evil", *parts):
+        assert part in shown
+
+
+def test_of_a_directory_s_name(call):
+    outcome = call("report", CONTROLS)
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    check_shown(outcome, "found nothing at ")
+
+
+@pytest.mark.parametrize("name", ["run_id", "status"])
+def test_of_an_unfinished_run(call, name):
+    record = {"run_id": "a", "method": "none", "status": "failed", name: f"{CONTROLS}\nb"}
+    Path("runs/a").mkdir(parents=True)
+    Path("runs/a/run.json").write_text(json.dumps(record))
+    outcome = call("report", "runs")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    check_shown(outcome, "expected finished runs")
+
+
+def test_of_a_finished_run(call, done, tmp_path):
+    place = tmp_path / "runs" / "a"
+    shutil.copytree(done["none"].path, place)
+    record = json.loads((place / "run.json").read_text())
+    (place / "run.json").write_text(json.dumps(record | {"method": CONTROLS}))
+    outcome = call("report", "runs")
+    assert outcome.code == 0, outcome.err
+    check_shown(outcome)
+
+
+def test_of_a_sweep_s_key(call):
+    Path("sweep.yaml").write_text(
+        json.dumps({"method": "grid", "parameters": {CONTROLS: {"values": []}}})
+    )
+    outcome = call("sweep", "sweep.yaml")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    check_shown(outcome, "parameters.")
+
+
+def test_of_a_model_s_type(call, few, tiny, tmp_path):
+    place = tmp_path / "model"
+    shutil.copytree(tiny.model, place)
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | {"model_type": CONTROLS}))
+    outcome = call("run", *few, "intervene=none", "model.path=model")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    check_shown(outcome, "expected a model directory")
+
+
+@pytest.mark.parametrize("text", [json.dumps({"relation": "P17"}), ""])
+def test_of_a_file_s_name(call, text):
+    name = CONTROLS + ".jsonl"
+    Path(name).write_text(text)
+    outcome = call("facts", "check", name)
+    assert outcome.code == (2 if text else 0)
+    check_shown(outcome, ".jsonl")
+
+
+def test_of_a_failure_s_traceback_which_keeps_its_lines(call, few, monkeypatch):
+    def fit(*_):
+        raise RuntimeError(CONTROLS)
+
+    monkeypatch.setattr(NoChange, "fit", fit)
+    outcome = call("run", *few, "intervene=none")
+    assert outcome.code == 1
+    assert outcome.err.startswith("Traceback (most recent call last):\n  File ")
+    check_shown(outcome, "RuntimeError: ")
+
+
 # -- names that are paths --------------------------------------------------------------------------
 
 

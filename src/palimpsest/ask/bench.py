@@ -7,6 +7,7 @@ from functools import cached_property
 from palimpsest.ask.inquiry import Inquiry, check_text
 from palimpsest.ask.reading import OWNER, TOKENS, Reading, answered, likeliest, read
 from palimpsest.ask.relation import Chosen, Library, choose, neighbors
+from palimpsest.ask.sampling import Sampled, sampled
 from palimpsest.errors import RequestError
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.facts.splits import Splits
@@ -77,6 +78,7 @@ class Findings:
         neighbors: the facts that should stay.
         relation: the nearest one, or the one that was named; None if there is none.
         sample: what relation-wide methods were fitted on; None if there was no such method.
+        moments: what methods' second moments are taken over.
     """
 
     inquiry: Inquiry
@@ -87,6 +89,7 @@ class Findings:
     neighbors: tuple[Fact, ...]
     relation: Chosen | None
     sample: Sample | None
+    moments: tuple[Sampled, ...]
 
     @property
     def unchanged(self) -> Reading:
@@ -139,6 +142,13 @@ class Bench:
         """
         self.sites = [entry.site(self.model) for entry in self.entries]
 
+    @property
+    def moments(self) -> tuple[Sampled, ...]:
+        """What the methods' second moments are taken over, by method that takes sampled ones."""
+        pairs = zip(self.entries, self.sites, strict=True)
+        found = (sampled(entry.name, entry.method, self.model, site) for entry, site in pairs)
+        return tuple(each for each in found if each is not None)
+
     @cached_property
     def reference(self) -> Site:
         """Where relations are compared: at the first relation-wide method, else at the first."""
@@ -170,7 +180,15 @@ class Bench:
         sample = _sample(splits[True].fit, self.model.width) if wide else None
         vocabulary = self.model.model.get_output_embeddings().weight.shape[0]
         return Findings(
-            inquiry, self.model.name, vocabulary, readings, premises, around, chosen, sample
+            inquiry,
+            self.model.name,
+            vocabulary,
+            readings,
+            premises,
+            around,
+            chosen,
+            sample,
+            self.moments,
         )
 
     def _choose(self, fact: Fact) -> Chosen | None:

@@ -8,6 +8,7 @@ import jinja2
 from palimpsest.ask import text
 from palimpsest.ask.bench import Findings
 from palimpsest.ask.reading import Reading, Said, legibility
+from palimpsest.errors import visible
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ def render(findings: Findings) -> str:
         strips=[(reading, _strips(findings, reading)) for reading in findings.readings],
         collision=text.about_collision(findings),
         collateral=text.about_collateral(findings),
-        relation=text.about_relation(findings),
+        fits=text.about_fits(findings),
         before=findings.unchanged.neighbors,
     )
 
@@ -53,7 +54,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"visible": text.visible, "share": text.share, "place": text.place}
+    environment.filters |= {"visible": visible, "share": text.share, "place": text.place}
     return environment.get_template("ask.html.j2")
 
 

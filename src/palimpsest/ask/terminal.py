@@ -10,7 +10,8 @@ from rich.text import Text
 from palimpsest.ask import text
 from palimpsest.ask.bench import Findings, Reply
 from palimpsest.ask.reading import Reading, Said
-from palimpsest.ask.text import share, visible
+from palimpsest.ask.text import share
+from palimpsest.errors import visible
 
 OLD, NEW, NEITHER, FAINT = "dark_orange", "dodger_blue1", "", "dim"
 _STYLES = {"old": OLD, "new": NEW, "neither": NEITHER}
@@ -44,7 +45,7 @@ def show(findings: Findings, console: Console) -> None:
     _section(console, "Collateral", "facts that should stay; probability of their object")
     if findings.neighbors:
         console.print(_collateral(findings))
-    _notes(console, [text.about_collateral(findings), *text.about_relation(findings)])
+    _notes(console, [text.about_collateral(findings), *text.about_fits(findings)])
 
 
 def show_replies(replies: Sequence[Reply], console: Console) -> None:

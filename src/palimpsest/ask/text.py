@@ -1,6 +1,5 @@
 """Texts and numbers as they are shown, the same in the terminal and on the page."""
 
-import unicodedata
 from collections.abc import Sequence
 
 from palimpsest.ask.bench import Findings
@@ -8,16 +7,6 @@ from palimpsest.ask.reading import Reading, legibility
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 """Legibility from 0 to 1 in eight steps."""
-
-_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-
-
-def visible(text: str) -> str:
-    """The text with every control or formatting character escaped, a new line among them."""
-    return "".join(
-        c.encode("unicode_escape").decode() if unicodedata.category(c) in _HIDDEN else c
-        for c in text
-    )
 
 
 def share(probability: float) -> str:
@@ -62,6 +51,11 @@ def about_failures(findings: Findings) -> list[str]:
     ]
 
 
+def about_fits(findings: Findings) -> list[str]:
+    """What methods were fitted on."""
+    return [*about_relation(findings), *about_moments(findings)]
+
+
 def about_relation(findings: Findings) -> list[str]:
     """How the relation was chosen, and what was fitted on its facts."""
     chosen, sample = findings.relation, findings.sample
@@ -92,6 +86,16 @@ def about_sample(findings: Findings) -> str:
         f"{listed(wide)}: fitted on n = {sample.n} facts of it (d = {sample.width}, n/d = "
         f"{ratio:.1f}, {sample.classes} objects), never on the asked subject{few}."
     )
+
+
+def about_moments(findings: Findings) -> list[str]:
+    """Whose second moments are taken over less text than in a run, and how to have as much."""
+    return [
+        f"{each.name}: second moments over {each.tokens:,} sampled tokens, to be quick; "
+        f"{each.name}:{each.key}=null takes a run's {each.usual:,}."
+        for each in findings.moments
+        if each.tokens < each.usual
+    ]
 
 
 def about_premises(findings: Findings) -> list[str]:

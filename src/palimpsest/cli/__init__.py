@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from rich.console import Console
-
 from palimpsest import __version__
-from palimpsest.cli.words import Parser, quoted, say, tell
+from palimpsest.cli.words import Parser, Screen, quoted, say, tell
 from palimpsest.errors import RequestError
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
@@ -274,11 +272,11 @@ def _report(directory: Path) -> int:
     from palimpsest.record.store import load_runs
     from palimpsest.record.terminal import print_summary
 
-    console = Console()
+    console = Screen()
     console.width = max(console.width, 110)  # narrower, the table would lose columns
     print_summary(load_runs(directory), console)
     page = write_report(directory)
-    console.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
+    console.show(f"report: {page}")
     return 0
 
 
@@ -294,7 +292,7 @@ def _check_facts(file: Path, overrides: Sequence[str]) -> int:
     asked = any(word.startswith("model") for word in overrides)
     known = partial(knows, parts["model"].load()) if asked else None
     seen = inspect(file, parts["facts"], parts["seed"], known=known)
-    Console().print(seen.report(), markup=False, highlight=False, soft_wrap=True)
+    Screen().show(seen.report())
     return 2 if seen.problems else 0
 
 
@@ -312,7 +310,7 @@ def _doctor() -> int:
 
     wrong = False
     for finding in examine():
-        Console().print(f"{finding}", markup=False, highlight=False, soft_wrap=True)
+        Screen().show(f"{finding}")
         wrong |= not finding.ok
     return int(wrong)
 

@@ -8,18 +8,19 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 
-from palimpsest.cli.words import CONSOLE, say
+from palimpsest.cli.words import CONSOLE, Screen, say, tell
 from palimpsest.errors import RequestError, nearest
 
 if TYPE_CHECKING:
     from palimpsest.ask.bench import Bench, Entry, Findings
     from palimpsest.ask.inquiry import Inquiry
+    from palimpsest.model.handle import ModelHandle
 
 METHODS = "none,rome,leace"
 """Compared unless others are named."""
@@ -29,6 +30,12 @@ DEFAULTS = ("contexts=2", "record=local")
 
 WIDTH = 110
 """Columns of what is written to a file, and of the picture."""
+
+LONGEST = 100_000
+"""Characters of a typed line beyond which it is not read."""
+
+SHOWN = 60
+"""Characters of a wrong line that its error shows."""
 
 HELP = """\
 TEXT                               put a text to every method
@@ -156,7 +163,7 @@ def _inquiry(options: argparse.Namespace) -> "Inquiry | None":
 
 
 def _console() -> Console:
-    console = Console()
+    console = Screen()
     if not console.is_terminal:
         console.width = WIDTH
     return console
@@ -182,7 +189,6 @@ def _bench(options: argparse.Namespace) -> "Bench":
     """The methods as runs would be made of them, the facts, the model."""
     from palimpsest.ask.bench import Bench
     from palimpsest.ask.relation import Library
-    from palimpsest.files import cache_dir
 
     names = _names(options.methods)
     shared, own = _overrides(options.overrides, names)
@@ -193,9 +199,27 @@ def _bench(options: argparse.Namespace) -> "Bench":
             library.check(options.relation)
     with phase("model"):
         model = parts["model"].load()
-    if not (cache_dir() / "moments").exists():
-        say("second moments are sampled from the model once, which takes longest; then cached")
-    return Bench(model, entries, library, options.relation, phase)
+    bench = Bench(model, _quick(entries, own, model), library, options.relation, phase)
+    for each in bench.moments:
+        if not each.cached:
+            say(
+                f"{each.name}: second moments over {each.tokens:,} tokens are sampled from the "
+                "model once, then cached"
+            )
+    return bench
+
+
+def _quick(
+    entries: Sequence["Entry"], own: dict[str, list[str]], model: "ModelHandle"
+) -> list["Entry"]:
+    """The methods with second moments over little text, unless anything of them was set."""
+    from palimpsest.ask.sampling import shortened
+
+    given = {name for name, words in own.items() if any(".moments." in word for word in words)}
+    return [
+        each if each.name in given else replace(each, method=shortened(each.method, model))
+        for each in entries
+    ]
 
 
 def _names(listed: str) -> list[str]:
@@ -285,19 +309,32 @@ def converse(bench: "Bench", output: Output, inquiry: "Inquiry | None", stdin: T
         try:
             inquiry = _take(bench, output, inquiry, line)
         except RequestError as error:
-            say(f"error: {error}")
+            tell(error)
 
 
 def _lines(stdin: TextIO) -> Iterator[str]:
-    """The lines that hold something, without white space around them."""
+    """The lines that hold something, without white space around them; too long ones are told."""
     while True:
         if stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        line = stdin.readline()
+        line = stdin.readline(LONGEST + 1)
         if not line:
             return
-        if line.strip():
+        if len(line) > LONGEST and not line.endswith("\n"):
+            _pass_over(stdin)
+        elif line.strip():
             yield line.strip()
+
+
+def _pass_over(stdin: TextIO) -> None:
+    """Read to the end of a line that is too long, a part at a time, and tell."""
+    while (part := stdin.readline(LONGEST)) and not part.endswith("\n"):
+        pass
+    tell(
+        RequestError(
+            f"expected a line of at most {LONGEST} characters, found a longer one; shorten it"
+        )
+    )
 
 
 def _take(bench: "Bench", output: Output, inquiry: "Inquiry | None", line: str) -> "Inquiry | None":
@@ -310,7 +347,7 @@ def _take(bench: "Bench", output: Output, inquiry: "Inquiry | None", line: str) 
         inquiry = _typed(line.removeprefix(":fact"))
         output.write(bench.examine(inquiry))
     elif line.startswith(":"):
-        found = line.split()[0]
+        found = line.split()[0][:SHOWN]
         raise RequestError(
             f"expected :fact, :help or :quit, found {found!r}; "
             f"{nearest(found, [':fact', ':help', ':quit'])}"
@@ -332,7 +369,7 @@ def _typed(text: str) -> "Inquiry":
     if len(parts) != 4:
         raise RequestError(
             f"expected :fact PROMPT | SUBJECT | OLD | NEW, found {len(parts)} part(s) in "
-            f"{text.strip()!r}; set three bars"
+            f"{text.strip()[:SHOWN]!r}; set three bars"
         )
     return inquire(*parts)
 

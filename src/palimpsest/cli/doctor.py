@@ -8,9 +8,13 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from palimpsest import __version__
 from palimpsest.errors import RequestError
+
+if TYPE_CHECKING:
+    from huggingface_hub import CachedRepoInfo
 
 NAME = "palimpsest-lm"
 """The distribution whose requirements are checked."""
@@ -45,6 +49,7 @@ def examine() -> Iterator[Finding]:
         _device,
         _hub,
         _models,
+        _hub_models,
         _cache,
         _disk,
         _places,
@@ -170,6 +175,26 @@ def _models() -> Iterator[Finding]:
             yield Finding(False, f"model {name}: not in the cache; `palimpsest fetch {name}`")
         else:
             yield Finding(True, f"model {name}: in the cache, {_words(_size(path))}")
+
+
+def _hub_models() -> Iterator[Finding]:
+    """What lies in the hub's cache with weights that can be loaded; no fault if nothing does."""
+    from huggingface_hub import CacheNotFound, constants, scan_cache_dir
+
+    home = Path(constants.HF_HUB_CACHE)
+    try:
+        repos = scan_cache_dir(home).repos
+    except (CacheNotFound, ValueError):  # nothing fetched yet, or a file in its place
+        repos = frozenset()
+    found = [f"{repo.repo_id} {_words(repo.size_on_disk)}" for repo in repos if _is_model(repo)]
+    listed = ", ".join(sorted(found)) or "none; model.path=OWNER/NAME fetches one"
+    yield Finding(True, f"models in the hub's cache {home}: {listed}")
+
+
+def _is_model(repo: "CachedRepoInfo") -> bool:
+    """Whether a repository's files in the cache are those of a model, with weights."""
+    files = [file.file_name for revision in repo.revisions for file in revision.files]
+    return repo.repo_type == "model" and any(name.endswith(".safetensors") for name in files)
 
 
 def _cache() -> Iterator[Finding]:

@@ -3,20 +3,43 @@
 import argparse
 import re
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 
-from palimpsest.errors import RequestError, WriteError, nearest
+from palimpsest.errors import RequestError, WriteError, nearest, visible
 from palimpsest.record.redact import without_secrets
 
-CONSOLE = Console(stderr=True)
+
+class Screen(Console):
+    """A console that shows control characters of what it prints escaped, new lines excepted."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        """What is to be written; of control codes only Rich's own."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else _escaped(segment)
+
+    def show(self, text: str) -> None:
+        """Print a text as it is, however long."""
+        self.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _escaped(segment: Segment) -> Segment:
+    lines = segment.text.split("\n")
+    return segment._replace(text="\n".join(map(visible, lines)))
+
+
+CONSOLE = Screen(stderr=True)
 
 
 def say(text: str) -> None:
-    """Print one line to stderr, as it is but for secrets."""
-    CONSOLE.print(without_secrets(text), markup=False, highlight=False, soft_wrap=True)
+    """Print to stderr, as it is but for secrets and control characters."""
+    CONSOLE.show(without_secrets(text))
 
 
 def tell(error: Exception) -> int:
@@ -28,7 +51,7 @@ def tell(error: Exception) -> int:
     if not isinstance(error, RequestError | WriteError):
         error = _in_a_line(error)
     if isinstance(error, RequestError | WriteError):
-        say(f"error: {error}")
+        say(f"error: {visible(str(error))}")
     else:
         say("".join(traceback.format_exception(error)).rstrip("\n"))
     return 2 if isinstance(error, RequestError) else 1

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from palimpsest.errors import check_at_least
+from palimpsest.errors import check_at_least, check_number
 from palimpsest.evaluate.asking import dealt
 from palimpsest.evaluate.probes import Probe, train
 from palimpsest.facts.fact import Fact
@@ -72,6 +72,7 @@ class Recoverability:
         Raises:
             RequestError: one is too small.
         """
+        check_number("evaluate.recoverability.c", self.c, above=0)
         check_at_least("evaluate.recoverability.stride", self.stride, 1)
         check_at_least("evaluate.recoverability.folds", self.folds, 2)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice
 
-from palimpsest.errors import RequestError
+from palimpsest.errors import RequestError, check_seed
 from palimpsest.facts.dataset import SPLITS, DataSet
 from palimpsest.facts.fact import Fact, FactSet
 
@@ -115,7 +115,11 @@ def deal(
 
     Returns:
         By split, its facts in the order given.
+
+    Raises:
+        RequestError: the seed is out of range.
     """
+    check_seed("seed", seed)
     edges = list(accumulate(shares[name] for name in SPLITS))
     dealt: dict[str, list[Fact]] = {name: [] for name in SPLITS}
     for fact in facts:

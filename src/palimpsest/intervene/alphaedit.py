@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from palimpsest.errors import RequestError
+from palimpsest.errors import RequestError, check_number
 from palimpsest.facts.fact import Fact
 from palimpsest.intervene.composition import Composition
 from palimpsest.intervene.editor import see
@@ -33,6 +33,16 @@ class AlphaEdit(Spread):
 
     threshold: float = 0.02
     ridge: float = 10.0
+
+    def __post_init__(self) -> None:
+        """Check threshold and ridge too.
+
+        Raises:
+            RequestError: one is not above 0, or what `Spread` refuses.
+        """
+        super().__post_init__()
+        check_number("intervene.threshold", self.threshold, above=0)
+        check_number("intervene.ridge", self.ridge, above=0)
 
     def penalty(self, edits: int) -> float:
         """`ridge`."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from palimpsest.errors import RequestError
+from palimpsest.errors import RequestError, check_seed
 from palimpsest.facts.splits import Splits
 from palimpsest.intervene.composition import Composition, Parts
 from palimpsest.intervene.deltas import WeightDeltas
@@ -47,6 +47,14 @@ class RandomDelta:
 
     base: Any
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the seed.
+
+        Raises:
+            RequestError: it is out of range.
+        """
+        check_seed("intervene.seed", self.seed)
 
     @property
     def part(self) -> str:

@@ -129,6 +129,10 @@ class ValueEditor(Editor):
         prefixes: Prefixes = self.prefixes
         return prefixes.texts(model)
 
+    def moment_layers(self, site: Site) -> tuple[int, ...]:
+        """The layers whose second moments it takes."""
+        return (site.layer,)
+
     @property
     def moment_source(self) -> MomentSource:
         """`moments`, typed."""

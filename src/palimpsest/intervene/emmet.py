@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from palimpsest.errors import check_number
 from palimpsest.intervene.spread import Spread
 
 
@@ -19,6 +20,15 @@ class Emmet(Spread):
 
     span: int = 1
     ridge: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Check the ridge too.
+
+        Raises:
+            RequestError: it is negative, or what `Spread` refuses.
+        """
+        super().__post_init__()
+        check_number("intervene.ridge", self.ridge, least=0)
 
     def penalty(self, edits: int) -> float:
         """`ridge`, and none for a single fact."""

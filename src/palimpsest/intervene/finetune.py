@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from palimpsest.errors import RequestError, check_at_least
+from palimpsest.errors import check_at_least, check_number
 from palimpsest.facts.fact import Fact
 from palimpsest.intervene.dense import DenseDeltas, by_owner
 from palimpsest.intervene.editor import (
@@ -47,14 +47,14 @@ class FineTune(Editor):
         """Check the numbers.
 
         Raises:
-            RequestError: an unknown protocol, no step, or a bound that is not above 0.
+            RequestError: an unknown protocol, no step, or a number out of its range.
         """
         super().__post_init__()
         check_at_least("intervene.steps", self.steps, 1)
-        if self.bound is not None and not self.bound > 0:
-            raise RequestError(
-                f"expected intervene.bound above 0 or null, found {self.bound}; FT has null"
-            )
+        check_number("intervene.lr", self.lr, above=0)
+        check_number("intervene.stop_below", self.stop_below)
+        if self.bound is not None:
+            check_number("intervene.bound", self.bound, above=0)
 
     def begin(self, model: ModelHandle, site: Site) -> "_Tuning":
         """Nothing is needed but the layer."""

@@ -7,7 +7,7 @@ import torch
 from concept_erasure import LeaceFitter
 from torch import Tensor
 
-from palimpsest.errors import RequestError
+from palimpsest.errors import RequestError, check_number, check_seed
 from palimpsest.facts.fact import Fact
 from palimpsest.facts.splits import Splits
 from palimpsest.files import cached_tensors
@@ -51,11 +51,14 @@ class Leace:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the choices.
+        """Check the choices and the numbers.
 
         Raises:
-            RequestError: unknown part, position, policy or fit sample.
+            RequestError: unknown part, position, policy or fit sample; a negative tolerance; a
+                seed out of range.
         """
+        check_number("intervene.svd_tol", self.svd_tol, least=0)
+        check_seed("intervene.seed", self.seed)
         check_choice("intervene.part", self.part, Part)
         check_choice("intervene.position", self.position, Position)
         check_choice("intervene.policy", self.policy, Policy)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from palimpsest.errors import RequestError, check_at_least
+from palimpsest.errors import RequestError, check_at_least, check_number, check_seed
 from palimpsest.facts.fact import Fact
 from palimpsest.intervene.composition import Composition, joined
 from palimpsest.intervene.deltas import WeightDeltas
@@ -62,12 +62,16 @@ class LoraFineTune(Editor):
         """Check the numbers, and that PEFT is there.
 
         Raises:
-            RequestError: an unknown protocol, no rank or step, no layer, layers named twice over,
-                or no PEFT.
+            RequestError: an unknown protocol, no rank or step, a number out of its range, no
+                layer, layers named twice over, or no PEFT.
         """
         super().__post_init__()
         check_at_least("intervene.rank", self.rank, 1)
         check_at_least("intervene.steps", self.steps, 1)
+        check_number("intervene.alpha", self.alpha, above=0)
+        check_number("intervene.lr", self.lr, above=0)
+        check_number("intervene.stop_below", self.stop_below)
+        check_seed("intervene.seed", self.seed)
         if self.layers is not None and (self.all_layers or not self.layers):
             raise RequestError(
                 f"expected layers in intervene.layers or intervene.all_layers=true, found "

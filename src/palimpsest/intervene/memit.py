@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from palimpsest.errors import check_number
 from palimpsest.intervene.spread import Spread
 
 
@@ -18,6 +19,15 @@ class Memit(Spread):
     """
 
     weight: float = 15_000.0
+
+    def __post_init__(self) -> None:
+        """Check λ too.
+
+        Raises:
+            RequestError: it is not above 0, or what `Spread` refuses.
+        """
+        super().__post_init__()
+        check_number("intervene.weight", self.weight, above=0)
 
     def penalty(self, edits: int) -> float:
         """λ: by Woodbury's identity `Kᵀ (λC + K Kᵀ)⁻¹ = (Kᵀ C⁻¹ K + λ 1)⁻¹ Kᵀ C⁻¹`."""

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from palimpsest.errors import RequestError, check_at_least
-from palimpsest.files import cached_tensors, reading, sha256_file
+from palimpsest.errors import RequestError, check_at_least, check_seed
+from palimpsest.files import cached_tensors, is_cached, reading, sha256_file
 from palimpsest.model.forward import run_to
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.memory import within_memory
@@ -65,11 +65,12 @@ class Moments:
     layers: list[int] = field(default_factory=list, metadata={"identity": False})
 
     def __post_init__(self) -> None:
-        """Check the sizes, and that the text is there.
+        """Check the numbers, and that the text is there.
 
         Raises:
-            RequestError: one is too small, or no such file.
+            RequestError: one is too small, the seed out of range, or no such file.
         """
+        check_seed("intervene.moments.seed", self.seed)
         if self.text is not None:
             existing(Path(self.text))
         check_at_least("intervene.moments.length", self.length, 2)
@@ -91,8 +92,7 @@ class Moments:
                     computed.update(self._compute(model, missing or [layer]))
                 return {part: computed[layer][part]}
 
-            key = {**self._key(model), "layer": layer, "part": part}
-            return cached_tensors("moments", key, make)[part]
+            return cached_tensors("moments", self._part_key(model, layer, part), make)[part]
 
         for each in missing:
             model.check_layer(each, "intervene.moments.layers")
@@ -108,6 +108,10 @@ class Moments:
             )
             for layer in layers
         }
+
+    def cached(self, model: ModelHandle, layers: Sequence[int]) -> bool:
+        """Whether `several` would find all of these layers in the cache."""
+        return all(is_cached("moments", self._part_key(model, n, "matrix")) for n in layers)
 
     def _compute(self, model: ModelHandle, layers: list[int]) -> dict[int, dict[str, Tensor]]:
         """`matrix` and `half` by layer."""
@@ -158,6 +162,9 @@ class Moments:
             )
         rows = torch.tensor(ids[: count * fresh]).view(count, fresh)
         return torch.cat([torch.tensor([start] * count), rows], 1)
+
+    def _part_key(self, model: ModelHandle, layer: int, part: str) -> dict[str, Any]:
+        return {**self._key(model), "layer": layer, "part": part}
 
     def _key(self, model: ModelHandle) -> dict[str, Any]:
         return {

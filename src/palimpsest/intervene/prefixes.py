@@ -5,7 +5,7 @@ from typing import Protocol
 
 import torch
 
-from palimpsest.errors import check_at_least
+from palimpsest.errors import check_at_least, check_seed
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.sample import sample, start_ids
@@ -42,8 +42,9 @@ class SampledPrefixes:
         """Check the sizes.
 
         Raises:
-            RequestError: one is too small.
+            RequestError: one is too small, or the seed out of range.
         """
+        check_seed("intervene.prefixes.seed", self.seed)
         check_at_least("intervene.prefixes.count", self.count, 0)
         check_at_least("intervene.prefixes.top_k", self.top_k, 1)
         for length in self.lengths:

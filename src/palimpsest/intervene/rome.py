@@ -56,6 +56,10 @@ class Rome(ValueEditor):
         super().__post_init__()
         check_choice("intervene.variant", self.variant, Variant)
 
+    def moment_layers(self, site: Site) -> tuple[int, ...]:
+        """The site's; none if `plain`."""
+        return (site.layer,) if self.variant == "moments" else ()
+
     def begin(self, model: ModelHandle, site: Site) -> "_Rome":
         """Factor C, sample the prefixes.
 

@@ -80,6 +80,10 @@ class Spread(ValueEditor):
             )
         return tuple(range(site.layer - self.span + 1, site.layer + 1))
 
+    def moment_layers(self, site: Site) -> tuple[int, ...]:
+        """All changed ones."""
+        return self.layers(site)
+
     @abstractmethod
     def penalty(self, edits: int) -> float:
         """What is added to the diagonal of KᵀC⁻¹K for a group of so many edits."""

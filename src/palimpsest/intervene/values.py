@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from palimpsest.errors import RequestError, check_at_least
+from palimpsest.errors import RequestError, check_at_least, check_number, check_seed
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.files import cached_tensors
 from palimpsest.intervene.prefixes import in_contexts
@@ -85,17 +85,19 @@ class ValueSearch:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the number of steps, the objective and the noise.
+        """Check the numbers and the objective.
 
         Raises:
-            RequestError: no step, an unknown objective, or no noise.
+            RequestError: no step, an unknown objective, or a number out of its range.
         """
         check_at_least("intervene.search.steps", self.steps, 1)
         check_choice("intervene.search.objective", self.objective, Objective)
-        if not self.noise > 0:
-            raise RequestError(
-                f"expected noise above 0, found intervene.search.noise={self.noise}; 3 is usual"
-            )
+        for name in ("lr", "clamp", "noise"):
+            check_number(f"intervene.search.{name}", getattr(self, name), above=0)
+        for name in ("kl", "weight_decay"):
+            check_number(f"intervene.search.{name}", getattr(self, name), least=0)
+        check_number("intervene.search.stop_below", self.stop_below)
+        check_seed("intervene.search.seed", self.seed)
 
     def check(self, fact: Fact) -> None:
         """Refuse a fact that the objective cannot be pursued on.

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -94,8 +93,8 @@ class Pretrained:
             model: PreTrainedModel = loaded[0]
             if self.device_map is None:
                 model.to(device)  # type: ignore[arg-type]
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise RequestError(self._cannot_load(source, str(error))) from error
+        except Exception as error:  # the libraries raise of any kind where files are damaged
+            raise RequestError(self._cannot_load(source, _told(error))) from error
         if missing := sorted(loaded[1]["missing_keys"]):  # transformers would draw them at random
             raise RequestError(self._cannot_load(source, f"no weights for {', '.join(missing)}"))
         if not tokenizer("a", add_special_tokens=False)["input_ids"]:
@@ -133,6 +132,12 @@ class Pretrained:
             f"({cause}); {placed}set model.path to a directory written by save_pretrained, or "
             "check the id and the network"
         )
+
+
+def _told(error: Exception) -> str:
+    """What a library says; of an error whose text alone says little, the type too."""
+    plain = isinstance(error, OSError | ValueError | RuntimeError)
+    return str(error) if plain else f"{type(error).__name__}: {error}"
 
 
 def compile_blocks(handle: ModelHandle) -> None:
