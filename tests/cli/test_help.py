@@ -35,8 +35,8 @@ def test_an_example_parses(name, line):
     program, *words = shlex.split(line)
     assert program == "palimpsest"
     assert line.startswith(f"palimpsest {name}")
-    if name == "run":
-        _flags_first(words[1:])
+    if name in ("run", "trace"):
+        _flags_first(name, words[1:])
     else:
         options = _parser().parse_args(words)
         assert callable(options.call)

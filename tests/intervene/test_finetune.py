@@ -99,8 +99,8 @@ def test_each_prompt_feels_its_owners_change_alone(model: ModelHandle) -> None:
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        ({"bound": 0.0}, "intervene.bound above 0 or null, found 0.0; FT has null"),
-        ({"bound": float("nan")}, "intervene.bound above 0 or null, found nan"),
+        ({"bound": 0.0}, "intervene.bound to be a finite number above 0, found 0.0; set"),
+        ({"bound": float("nan")}, "intervene.bound to be a finite number above 0, found nan"),
         ({"steps": 0}, "intervene.steps.*at least 1"),
         ({"protocol": "joint"}, "intervene.protocol.*independent, batch, sequential.*'joint'"),
     ],

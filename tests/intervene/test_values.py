@@ -176,7 +176,7 @@ def literal_copy(model: ModelHandle, batch_size: int) -> ModelHandle:
     [
         ({"objective": "ereas"}, "search.objective.*inject, erase.*'ereas'.*did you mean"),
         ({"steps": 0}, "search.steps.*at least 1.*0"),
-        ({"noise": 0.0}, r"noise above 0, found intervene.search.noise=0.0"),
+        ({"noise": 0.0}, r"intervene.search.noise to be a finite number above 0, found 0.0"),
     ],
 )
 def test_a_search_that_makes_no_sense_is_refused(mistake: dict, message: str) -> None:

@@ -14,7 +14,13 @@ import pytest
 from palimpsest.errors import RequestError, WriteError
 from palimpsest.record.provenance import code
 from palimpsest.record.row import SCHEMA_VERSION, Row
-from palimpsest.record.store import RunStore, is_done, load_runs, load_unfinished
+from palimpsest.record.store import (
+    RunStore,
+    check_earlier,
+    is_done,
+    load_runs,
+    load_unfinished,
+)
 
 RUN = {"run_id": "0123456789ab", "method": "rome", "config": {"seed": 0}}
 
@@ -324,3 +330,11 @@ def test_what_cannot_be_loaded_says_why_and_what_to_do(tmp_path, make, message):
 def test_rows_stay_immutable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         row().value = 2.0
+
+
+def test_only_a_finished_trace_may_lack_an_intervention(tmp_path):
+    for method in ("trace", "none"):
+        RunStore.open(tmp_path / method, RUN | {"method": method}).finish()
+    check_earlier(tmp_path / "trace")
+    with pytest.raises(RequestError, match=r"intervention\.json: .*; delete the run's directory"):
+        check_earlier(tmp_path / "none")
