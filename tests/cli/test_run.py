@@ -17,7 +17,7 @@ from palimpsest.intervene.intervention import Unchanged, load
 from palimpsest.record.store import COLUMNS, KEY, load_runs
 
 RUN_JSON = {
-    "run_id", "schema", "status", "method", "imitates", "site", "model", "facts", "seed", "sweep",
+    "run_id", "schema", "status", "method", "imitates", "site", "located", "model", "facts", "seed", "sweep",
     "config", "versions", "git_commit", "code", "device", "seconds", "peak_mb", "batch_sizes",
     "wandb", "command", "error", "started", "finished",
 }  # fmt: skip
@@ -76,7 +76,7 @@ def test_run_json_holds_what_the_contract_names(done, name):
     assert run["model"] == {"name": "model", "fingerprint": run["model"]["fingerprint"]}
     assert set(run["facts"]) == {"name", "fingerprint", "counts", "sizes"}
     assert set(run["seconds"]) == set(run["peak_mb"])
-    assert set(run["seconds"]) == {"load", "split", "prepare", "fit", "measure"}
+    assert set(run["seconds"]) == {"load", "locate", "split", "prepare", "fit", "measure"}
     assert run["wandb"] == {"mode": "disabled", "id": None, "directory": None}
     assert run["config"]["facts"]["limit"] == 6
     assert run["command"].startswith("palimpsest run ")
