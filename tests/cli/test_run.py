@@ -17,9 +17,9 @@ from palimpsest.intervene.intervention import Unchanged, load
 from palimpsest.record.store import COLUMNS, KEY, load_runs
 
 RUN_JSON = {
-    "run_id", "schema", "status", "method", "imitates", "site", "located", "model", "facts", "seed", "sweep",
-    "config", "versions", "git_commit", "code", "device", "seconds", "peak_mb", "batch_sizes",
-    "wandb", "command", "error", "started", "finished",
+    "run_id", "schema", "status", "method", "imitates", "site", "located", "model", "facts", "seed",
+    "sweep", "config", "versions", "git_commit", "code", "device", "seconds", "peak_mb",
+    "batch_sizes", "wandb", "command", "error", "started", "finished",
 }  # fmt: skip
 
 METHODS = ["none", "rome", "rome_batch", "rome_plain", "random_delta", "leace", "leace_shuffled"]

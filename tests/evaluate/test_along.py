@@ -66,6 +66,7 @@ def test_the_metrics_along_the_way(model: ModelHandle, facts: Splits, ruler: Rul
     metrics = {row.metric for row in rows}
     assert metrics == {
         "efficacy", "paraphrase", "neighborhood", "suppression", "score", "perplexity",
+        "old_probability", "new_probability",
     }  # fmt: skip
     assert {row.axis for row in rows} == {"downstream"}
     names = [(r.metric, r.protocol, r.fact_id, r.prompt_id, r.step) for r in rows]

@@ -306,7 +306,7 @@ def test_a_facts_rows_are_those_of_really_changing_the_weight(
             }
             for rows in (together, alone)
         ]
-        assert mine[0] == mine[1]
+        assert mine[0] == pytest.approx(mine[1], rel=1e-4)
         assert len(mine[0]) > 40
 
 
