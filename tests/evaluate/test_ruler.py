@@ -306,7 +306,11 @@ def test_a_facts_rows_are_those_of_really_changing_the_weight(
             }
             for rows in (together, alone)
         ]
-        assert mine[0] == pytest.approx(mine[1], rel=1e-4)
+        chances = [key for key in mine[0] if key[0].endswith("_probability")]
+        for key in chances:
+            assert mine[0].pop(key) == pytest.approx(mine[1].pop(key), rel=1e-4)
+        assert chances
+        assert mine[0] == mine[1]
         assert len(mine[0]) > 40
 
 
