@@ -1,15 +1,25 @@
 """One exam, every row of the architecture table."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from palimpsest.model.architecture import TABLE
-from palimpsest.model.forward import capturing, features, forward, greedy, keys, logits
+from palimpsest.model.forward import (
+    capturing,
+    features,
+    forward,
+    greedy,
+    keys,
+    logits,
+    next_token_logprobs,
+)
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.partial import Resume
 from palimpsest.model.sample import sample
-from palimpsest.model.site import EMBEDDING, Part, Site
+from palimpsest.model.site import EMBEDDING, Part, Policy, Site
 from palimpsest.model.tokens import NOBODY, Batch, Tokens
 from tests.architectures.changes import LAYER, make_deltas, make_eraser
 from tests.architectures.tiny import (
@@ -106,6 +116,21 @@ def test_generating_with_a_cache_is_generating_without(handle: ModelHandle) -> N
     said = sample(handle, 2, 12, torch.Generator(), top_k=1)
     first = [Tokens((int(ids[0]),), 1) for ids in said]
     assert [tuple(ids[1:].tolist()) for ids in said] == greedy(handle, first, 12)
+
+
+@pytest.mark.parametrize("policy", ["last_subject", "last_prompt", "all_but_sink"])
+def test_a_continuation_with_a_cache_is_one_without(handle: ModelHandle, policy: Policy) -> None:
+    rows = [Tokens(row.ids, row.prompt, row.subject, n) for n, row in enumerate(ragged())]
+    deltas = make_deltas(handle, len(rows), independent=True)
+    eraser = make_eraser(handle, "residual", policy)
+    plain = greedy(handle, rows, 6)
+    with deltas.applied(handle), eraser.applied(handle):
+        said = greedy(handle, rows, 6)
+        for _ in range(6):
+            best = next_token_logprobs(handle, rows).argmax(-1).tolist()
+            rows = [replace(r, ids=(*r.ids, token)) for r, token in zip(rows, best, strict=True)]
+    assert said == [row.ids[-6:] for row in rows]
+    assert said != plain
 
 
 # -- changes ---------------------------------------------------------------------------------------

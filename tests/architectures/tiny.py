@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -158,17 +158,7 @@ def ragged(lengths: tuple[int, ...] = (9, 4, 12, 7, 9)) -> list[Tokens]:
 def padded(rows: list[Tokens], side: str) -> Batch:
     """Rows as a batch on the CPU, padded on the left or (as the library does) on the right."""
     batch = collate(rows, torch.device("cpu"))
-    if side == "right":
-        return batch
-    empty = batch.ids.shape[1] - batch.mask.sum(1, keepdim=True)
-    places = torch.arange(batch.ids.shape[1]) - empty
-    source = places % batch.ids.shape[1]
-    return replace(
-        batch,
-        ids=batch.ids.gather(1, source),
-        mask=(places >= 0).long(),
-        positions=places.clamp(min=0),
-    )
+    return batch if side == "right" else batch.padded_left()
 
 
 def unpadded(states: torch.Tensor, batch: Batch) -> list[torch.Tensor]:

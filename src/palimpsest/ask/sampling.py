@@ -8,10 +8,10 @@ from palimpsest.model.handle import ModelHandle
 from palimpsest.model.sample import start_ids
 from palimpsest.model.site import Site
 
-WIDTHS, USUAL = 2, 10
+WIDTHS, USUAL = 1.5, 10
 """Tokens of text in multiples of d_mlp, here and in a run; C needs more than one for its rank."""
 
-ROW = 31
+ROW = 36
 """Sampled tokens in a row, about as many as prompts have: many short rows take less than few."""
 
 
@@ -40,7 +40,7 @@ def shortened(method: Any, model: ModelHandle) -> Any:
         return replace(method, base=shortened(method.base, model))
     if not isinstance(getattr(method, "moments", None), Moments):
         return method
-    tokens = WIDTHS * model.w_out(0).shape[1]
+    tokens = round(WIDTHS * model.w_out(0).shape[1])
     length = len(start_ids(model)) + ROW
     return replace(method, moments=replace(method.moments, tokens=tokens, length=length))
 

@@ -236,13 +236,22 @@ def next_token_logprobs(handle: ModelHandle, rows: Sequence[Tokens]) -> Tensor:
     return torch.stack([out[i] for i in range(len(rows))])
 
 
+@within_memory
+@torch.no_grad()
 def greedy(handle: ModelHandle, rows: Sequence[Tokens], tokens: int) -> list[tuple[int, ...]]:
-    """Greedy continuations by `tokens` tokens; every step is a full pass under the hooks."""
-    grown = list(rows)
-    for _ in range(tokens):
-        best = next_token_logprobs(handle, grown).argmax(-1).tolist()
-        grown = [
-            Tokens((*row.ids, token), row.prompt, row.subject, row.owner)
-            for row, token in zip(grown, best, strict=True)
-        ]
-    return [long.ids[len(row.ids) :] for long, row in zip(grown, rows, strict=True)]
+    """Greedy continuations by `tokens` tokens, under the hooks, with a key/value cache."""
+    said: dict[int, tuple[int, ...]] = {}
+    for group in batches(rows, handle.batch_size):
+        found = _continued(handle, [rows[i] for i in group], tokens)
+        said.update(zip(group, map(tuple, found.tolist()), strict=True))
+    return [said[i] for i in range(len(rows))]
+
+
+def _continued(handle: ModelHandle, rows: Sequence[Tokens], tokens: int) -> Tensor:
+    """Greedy continuations `[n, tokens]` of one batch of rows."""
+    batch, cache = collate(rows, handle.device).padded_left(), DynamicCache()
+    found: list[Tensor] = []
+    while len(found) < tokens:
+        batch = batch.followed_by(found[-1]) if found else batch
+        found.append(logits(handle, forward(handle, batch, cache)[:, -1]).argmax(-1))
+    return torch.stack(found, 1)

@@ -89,6 +89,20 @@ class Batch:
         """Some of the rows, `[m]` indices; any may come several times."""
         return Batch(**{each.name: getattr(self, each.name)[rows] for each in fields(self)})
 
+    def padded_left(self) -> "Batch":
+        """The same rows, padded on the left: what follows a row then stands right after it."""
+        width = self.ids.shape[1]
+        empty = width - self.mask.sum(1, keepdim=True)
+        places = torch.arange(width, device=self.ids.device) - empty
+        ids = self.ids.gather(1, places % width)
+        return replace(self, ids=ids, mask=(places >= 0).long(), positions=places.clamp(min=0))
+
+    def followed_by(self, ids: Tensor) -> "Batch":
+        """One token `[n]` more of each row padded on the left, all before it being cached."""
+        positions = self.mask.sum(1, keepdim=True)
+        mask = torch.cat([self.mask, torch.ones_like(positions)], 1)
+        return replace(self, ids=ids.unsqueeze(1), mask=mask, positions=positions)
+
     def since(self, starts: Tensor) -> "Batch":
         """Each row from its own place `starts` `[n]` on, what comes before it being cached.
 
