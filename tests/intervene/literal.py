@@ -8,13 +8,16 @@ between facts.
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import cycle
 
 import torch
 from torch import Tensor, nn
 
 from palimpsest.facts.fact import Fact
+from palimpsest.intervene.finetune import FineTune
 from palimpsest.intervene.values import ValueSearch
+from palimpsest.model.corruption import draw
 from palimpsest.model.handle import ModelHandle
 
 # -- texts -----------------------------------------------------------------------------------------
@@ -127,6 +130,16 @@ def noised(handle: ModelHandle, row: Row, noise: Tensor | None) -> Iterator[None
         yield
 
 
+def noises(
+    handle: ModelHandle, facts: Sequence[Fact], method: ValueSearch | FineTune
+) -> list[Tensor]:
+    """Each fact's noise `[subject tokens, d_model]`, its scale by the input embeddings."""
+    rows = [handle.encode(fact.prompt, owner=i) for i, fact in enumerate(facts)]
+    table = handle.model.get_input_embeddings().weight
+    drawn = draw(handle, rows, method.noise * float(table.std()), method.seed)
+    return [drawn[i, -(row.subject[1] - row.subject[0] + 1) :] for i, row in enumerate(rows)]
+
+
 @torch.no_grad()
 def said(handle: ModelHandle, row: Row, tokens: int, noise: Tensor | None) -> list[int]:
     """The likeliest continuation, token by token."""
@@ -135,6 +148,24 @@ def said(handle: ModelHandle, row: Row, tokens: int, noise: Tensor | None) -> li
         with noised(handle, row, noise):
             ids.append(int(logprobs(handle, ids)[-1].argmax()))
     return ids[len(row.ids) :]
+
+
+def words(handle: ModelHandle, text: str, count: int) -> str:
+    """The likeliest words after a text, each of one token."""
+    said = ""
+    for _ in range(count):
+        ids = token_ids(handle, handle.prefix + text + said)
+        with torch.no_grad():
+            order = logprobs(handle, ids)[-1].argsort(descending=True).tolist()
+        likely = (handle.decode([token]) for token in order)
+        said += next(word for word in likely if word[:1] == " " and word[1:].isalpha())
+    return said.strip()
+
+
+def known(handle: ModelHandle, facts: Sequence[Fact]) -> tuple[Fact, ...]:
+    """The facts with true objects that the model finds likely, of one word, two, one and so on."""
+    lengths = zip(facts, cycle((1, 2)), strict=False)
+    return tuple(replace(f, true=words(handle, f.prompt.text, count)) for f, count in lengths)
 
 
 # -- the search for a value ------------------------------------------------------------------------

@@ -12,9 +12,19 @@ from tests.intervene import literal
 
 
 def edit(
-    handle: ModelHandle, facts: Sequence[Fact], layer: int, method: FineTune
+    handle: ModelHandle,
+    facts: Sequence[Fact],
+    layer: int,
+    method: FineTune,
+    noises: Sequence[Tensor | None] = (),
 ) -> tuple[Tensor, float, int]:
-    """ΔW `[d_model, d_mlp]`, the last loss, and how many steps there were; the model is changed."""
+    """ΔW `[d_model, d_mlp]`, the last loss, and how many steps there were; the model is changed.
+
+    Noises `[subject tokens, d_model]` are those of the facts' subjects, for objectives with noise.
+    """
+    noises = noises or [None] * len(facts)
+    pairs = list(zip(facts, noises, strict=True))
+    objects = [wanted(handle, fact, method.objective, noise) for fact, noise in pairs]
     w_out = literal.w_out(handle, layer)
     before = w_out.weight.data.clone()
     w_out.weight.requires_grad_()
@@ -22,8 +32,13 @@ def edit(
     steps = 0
     while True:
         adam.zero_grad()
-        loss = sum(_loss(handle, fact) for fact in facts) / len(facts)
-        if loss < method.stop_below or steps == method.steps:
+        losses = [
+            _loss(handle, fact, ids, method.objective, noise)
+            for (fact, noise), ids in zip(pairs, objects, strict=True)
+        ]
+        loss = sum(losses) / len(facts)
+        enough = method.objective != "erase" and loss < method.stop_below
+        if enough or steps == method.steps:
             break
         loss.backward()
         adam.step()
@@ -37,9 +52,21 @@ def edit(
     return oriented, loss.item(), steps
 
 
-def _loss(handle: ModelHandle, fact: Fact) -> Tensor:
-    """−log p of the new object, the mean over its tokens."""
-    prompt = literal.tokenized(handle, fact.prompt.text, fact.subject).ids
-    new = literal.token_ids(handle, f" {fact.new}")
-    scores = literal.logprobs(handle, prompt + new[:-1])
-    return -sum(scores[len(prompt) - 1 + i, t] for i, t in enumerate(new)) / len(new)
+def wanted(handle: ModelHandle, fact: Fact, objective: str, noise: Tensor | None) -> list[int]:
+    """The tokens of the object that an objective is about."""
+    ids = literal.token_ids(handle, f" {fact.new if objective == 'inject' else fact.true}")
+    if objective != "trace_reversal":
+        return ids
+    row = literal.tokenized(handle, fact.prompt.text, fact.subject)
+    return literal.said(handle, row, len(ids), noise)
+
+
+def _loss(
+    handle: ModelHandle, fact: Fact, ids: list[int], objective: str, noise: Tensor | None
+) -> Tensor:
+    """−log p of the object, the mean over its tokens; of `erase` p of the whole."""
+    row = literal.tokenized(handle, fact.prompt.text, fact.subject)
+    with literal.noised(handle, row, noise if objective == "force" else None):
+        scores = literal.logprobs(handle, row.ids + ids[:-1])
+    each = torch.stack([scores[len(row.ids) - 1 + i, token] for i, token in enumerate(ids)])
+    return each.sum().exp() if objective == "erase" else -each.mean()

@@ -11,7 +11,7 @@ from palimpsest.intervene.finetune import FineTune
 from palimpsest.model.forward import next_token_logprobs
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site
-from tests.intervene import literal_ft
+from tests.intervene import literal, literal_ft
 from tests.intervene.conftest import TARGETS, copy_of, relative, splits, values_of
 
 FT = FineTune(steps=6, lr=2e-3)
@@ -50,6 +50,37 @@ def test_a_batch_is_tuned_like_the_literal_one(model: ModelHandle, name: str) ->
     assert not found.change.independent
     assert relative(found.matrix(0), change) < 1e-3
     assert values_of(found, "tuning_loss") == pytest.approx([loss], rel=1e-3)
+
+
+@pytest.mark.parametrize("objective", ["erase", "amplify", "force", "trace_reversal"])
+@pytest.mark.parametrize("protocol", ["independent", "batch"])
+def test_every_objective_is_pursued_as_it_reads(
+    model: ModelHandle, objective: str, protocol: str
+) -> None:
+    method = replace(FT, objective=objective)
+    target = literal.known(model, TARGETS)
+    found = fit(model, method, protocol, target)
+    noise = literal.noises(model, target, method)
+    all_of_them = range(len(target))
+    groups = [[n] for n in all_of_them] if protocol == "independent" else [all_of_them]
+    losses = []
+    for number, group in enumerate(groups):
+        facts, drawn = [target[n] for n in group], [noise[n] for n in group]
+        change, loss, _ = literal_ft.edit(copy_of(model), facts, 1, method, drawn)
+        assert relative(found.matrix(number), change) < 1e-3
+        losses.append(loss)
+    assert values_of(found, "tuning_loss") == pytest.approx(losses, rel=1e-3)
+
+
+def test_to_remove_an_object_no_new_one_is_needed(gpt2: ModelHandle) -> None:
+    bare = replace(TARGETS[0], new=None)
+    assert fit(gpt2, replace(FT, objective="erase"), "independent", (bare,)).delta.any()
+
+
+def test_noise_needs_a_subject(gpt2: ModelHandle) -> None:
+    bare = replace(TARGETS[0], prompt=replace(TARGETS[0].prompt, span=None))
+    with pytest.raises(RequestError, match=f"for force, found fact {bare.id} without a subject"):
+        fit(gpt2, replace(FT, objective="force"), "independent", (bare,))
 
 
 def test_a_batch_larger_than_the_models_is_tuned_alike(gpt2: ModelHandle) -> None:
@@ -101,6 +132,8 @@ def test_each_prompt_feels_its_owners_change_alone(model: ModelHandle) -> None:
     [
         ({"bound": 0.0}, "intervene.bound to be a finite number above 0, found 0.0; set"),
         ({"bound": float("nan")}, "intervene.bound to be a finite number above 0, found nan"),
+        ({"objective": "ersae"}, "intervene.objective.*inject.*'ersae'.*did you mean.*erase"),
+        ({"noise": 0.0}, "intervene.noise to be a finite number above 0, found 0.0"),
         ({"steps": 0}, "intervene.steps.*at least 1"),
         ({"protocol": "joint"}, "intervene.protocol.*independent, batch, sequential.*'joint'"),
     ],
@@ -112,5 +145,5 @@ def test_tuning_that_makes_no_sense_is_refused(mistake: dict, message: str) -> N
 
 def test_a_fact_without_a_new_object_is_named(gpt2: ModelHandle) -> None:
     broken = replace(TARGETS[1], new=None)
-    with pytest.raises(RequestError, match=f"found fact {broken.id} without one"):
+    with pytest.raises(RequestError, match=f"found fact {broken.id} without a new object"):
         fit(gpt2, FT, "batch", (*TARGETS, broken))

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from palimpsest.errors import RequestError
-from palimpsest.facts.fact import Fact, Prompt
+from palimpsest.facts.fact import Prompt
 from palimpsest.intervene.values import Values, ValueSearch
-from palimpsest.model.corruption import draw
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site
 from tests.intervene import literal
@@ -22,24 +21,6 @@ FACTS = (*TARGETS[1:3], ENDING[0])
 """Subjects of few tokens and of many; one prompt ends with its subject."""
 
 
-def words(model: ModelHandle, text: str, count: int) -> str:
-    """The likeliest words after a text, each of one token."""
-    said = ""
-    for _ in range(count):
-        ids = literal.token_ids(model, model.prefix + text + said)
-        with torch.no_grad():
-            order = literal.logprobs(model, ids)[-1].argsort(descending=True).tolist()
-        likely = (model.decode([token]) for token in order)
-        said += next(word for word in likely if word[:1] == " " and word[1:].isalpha())
-    return said.strip()
-
-
-def known(model: ModelHandle) -> tuple[Fact, ...]:
-    """The facts with true objects that the model finds likely, of one word, two and one."""
-    lengths = zip(FACTS, (1, 2, 1), strict=True)
-    return tuple(replace(f, true=words(model, f.prompt.text, count)) for f, count in lengths)
-
-
 def search(objective: str, **options: float) -> ValueSearch:
     """A short search that nothing stops early."""
     return ValueSearch(**{"steps": 4, "stop_below": -1e9, **options}, objective=objective)
@@ -50,17 +31,9 @@ def module(model: ModelHandle, site: Site) -> torch.nn.Module:
     return (literal.w_out if site.part == "mlp" else literal.block)(model, site.layer)
 
 
-def noises(model: ModelHandle, method: ValueSearch) -> list[Tensor]:
-    """Each fact's noise `[subject tokens, d_model]`, its scale by the input embeddings."""
-    rows = [model.encode(fact.prompt, owner=i) for i, fact in enumerate(FACTS)]
-    table = model.model.get_input_embeddings().weight
-    drawn = draw(model, rows, method.noise * float(table.std()), method.seed)
-    return [drawn[i, -(row.subject[1] - row.subject[0] + 1) :] for i, row in enumerate(rows)]
-
-
 def plain(model: ModelHandle, method: ValueSearch, site: Site) -> list[literal.Search]:
     """The plain version of a search for each chosen fact."""
-    noise = noises(model, method)
+    noise = literal.noises(model, FACTS, method)
     return [
         literal.Search.of(
             model,
@@ -70,7 +43,7 @@ def plain(model: ModelHandle, method: ValueSearch, site: Site) -> list[literal.S
             method,
             noise[i] if method.objective in NOISY else None,
         )
-        for i, fact in enumerate(known(model))
+        for i, fact in enumerate(literal.known(model, FACTS))
     ]
 
 
@@ -84,7 +57,7 @@ def chance(model: ModelHandle, one: literal.Search, delta: Tensor) -> float:
 
 def find(model: ModelHandle, method: ValueSearch, site: Site) -> Values:
     """What the batched search finds."""
-    return method.find(model, known(model), site, CONTEXTS)
+    return method.find(model, literal.known(model, FACTS), site, CONTEXTS)
 
 
 @pytest.mark.parametrize("site", [Site(0, "mlp"), Site(2, "residual")])

@@ -75,17 +75,13 @@ class Editor(ABC):
     def begin(self, model: ModelHandle, site: Site) -> Editing:
         """Take what the editor needs of the unchanged model."""
 
+    @abstractmethod
     def check(self, fact: Fact) -> None:
-        """Refuse a fact that cannot be written.
+        """Refuse a fact that the editor's objective cannot be pursued on.
 
         Raises:
-            RequestError: it has no new object.
+            RequestError: something of the fact is missing.
         """
-        if not fact.new:
-            raise RequestError(
-                f"expected a new object for every target fact, found fact {fact.id} without one; "
-                "mend the facts file"
-            )
 
     def fit(self, model: ModelHandle, facts: Splits, site: Site) -> Intervention:
         """Edit the target facts by the protocol.

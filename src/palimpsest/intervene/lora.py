@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from palimpsest.errors import RequestError, check_at_least, check_number, check_seed
+from palimpsest.errors import RequestError, check_at_least, check_number
 from palimpsest.facts.fact import Fact
 from palimpsest.intervene.composition import Composition, joined
 from palimpsest.intervene.deltas import WeightDeltas
-from palimpsest.intervene.editor import Editing, Editor, diverged, tuning_rows
-from palimpsest.intervene.finetune import Completions
+from palimpsest.intervene.editor import Editing, diverged, tuning_rows
+from palimpsest.intervene.finetune import Completions, Tuner
 from palimpsest.model.architecture import part
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.memory import within_memory
@@ -30,8 +30,8 @@ Found = dict[int, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class LoraFineTune(Editor):
-    """Gradient descent on −log p of the new object after the bare prompt, in `ΔW = (α / r) B A`.
+class LoraFineTune(Tuner):
+    """Gradient descent in `ΔW = (α / r) B A`.
 
     A `[r, d_mlp]` is drawn as PEFT draws it (uniform within ±1/√d_mlp), B `[d_model, r]` is zero at
     first. PEFT is the trainer only: what comes back is weight deltas, and the model has its own
@@ -41,37 +41,27 @@ class LoraFineTune(Editor):
     Attributes:
         rank: r.
         alpha: α.
-        steps: Adam's steps at most.
-        lr: Adam's learning rate.
-        stop_below: loss (nats a token, mean over the facts) at which to stop.
         layers: whose W_out; None for the located one.
         all_layers: every layer's W_out.
-        seed: of A.
     """
 
-    rank: int = 8
-    alpha: float = 32.0
     steps: int = 70
     lr: float = 5e-3
-    stop_below: float = 1e-2
+    rank: int = 8
+    alpha: float = 32.0
     layers: list[int] | None = None
     all_layers: bool = False
-    seed: int = 0
 
     def __post_init__(self) -> None:
         """Check the numbers, and that PEFT is there.
 
         Raises:
-            RequestError: an unknown protocol, no rank or step, a number out of its range, no
-                layer, layers named twice over, or no PEFT.
+            RequestError: no rank, a number out of its range, no layer, layers named twice over, no
+                PEFT, or as of `Tuner`.
         """
         super().__post_init__()
         check_at_least("intervene.rank", self.rank, 1)
-        check_at_least("intervene.steps", self.steps, 1)
         check_number("intervene.alpha", self.alpha, above=0)
-        check_number("intervene.lr", self.lr, above=0)
-        check_number("intervene.stop_below", self.stop_below)
-        check_seed("intervene.seed", self.seed)
         if self.layers is not None and (self.all_layers or not self.layers):
             raise RequestError(
                 f"expected layers in intervene.layers or intervene.all_layers=true, found "
@@ -132,14 +122,14 @@ class _Tuning(Editing):
 
     def _tune(self, model: ModelHandle, facts: Sequence[Fact]) -> tuple[Found, float]:
         """What the adapters have learned and the last loss; zeros if that is not finite."""
-        parts = Completions.of(model, facts, self.layers[0])
+        parts = Completions.of(model, facts, self.layers[0], self.method.aim)
         with adapted(model, self.layers, self.method) as adapters:
             weights = [w for w in adapters.parameters() if w.requires_grad]
             adam = torch.optim.Adam(weights, lr=self.method.lr)
             for step in range(self.method.steps + 1):
                 adam.zero_grad()
                 loss = sum(part.backward(model) for part in parts)
-                if step == self.method.steps or not loss >= self.method.stop_below:
+                if step == self.method.steps or not loss >= self.method.enough:
                     break
                 adam.step()
             found = read_out(adapters)

@@ -8,10 +8,8 @@ go by itself.
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,16 +17,14 @@ from torch import Tensor
 from palimpsest.errors import RequestError, check_at_least, check_number, check_seed
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.files import cached_tensors
+from palimpsest.intervene.objectives import Aim, Objective, followed
 from palimpsest.intervene.prefixes import in_contexts
-from palimpsest.model.corruption import corrupted, draw, spread
-from palimpsest.model.forward import features, greedy, keys, logits
+from palimpsest.model.forward import features, keys, logits
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.memory import within_memory
 from palimpsest.model.partial import Resume
 from palimpsest.model.site import Site, check_choice
 from palimpsest.model.tokens import Tokens, collate
-
-Objective = Literal["inject", "erase", "amplify", "force", "trace_reversal"]
 
 
 @dataclass(frozen=True)
@@ -55,12 +51,6 @@ class Values:
 class ValueSearch:
     """Hyper-parameters of the search.
 
-    Objectives (Hase et al. 2023, arXiv 2301.04213, section 5, name all but the first otherwise
-    than as a new object): `inject` raises the new object's probability; `erase` lowers the true
-    object's, the loss being that probability; `amplify` raises the true object's, `force` does so
-    while the subject's embeddings are noised; `trace_reversal` raises that of what the model says
-    of a noised subject.
-
     Attributes:
         steps: evaluations of the loss; there is one Adam step fewer.
         lr: Adam's learning rate.
@@ -69,7 +59,7 @@ class ValueSearch:
         clamp: δ is projected to ‖δ‖ ≤ clamp · ‖v₀‖ after each step.
         stop_below: a fact whose loss falls below this (nats) is left as it is; not so of `erase`,
             whose loss is a probability.
-        objective: what is written.
+        objective: one of `objectives.Objective`; the loss of `erase` is a probability.
         noise: standard deviation of the noise, in those of the input embeddings.
         seed: of the noise.
     """
@@ -106,13 +96,17 @@ class ValueSearch:
             RequestError: no new object though one is to be written, or a fit prompt without its
                 subject.
         """
-        lacking = self.objective == "inject" and not fact.new
-        if lacking or fact.prompt.span is None:
-            missing = "new object" if lacking else "subject in its prompt"
+        self.aim.check(fact)
+        if fact.prompt.span is None:
             raise RequestError(
-                "expected a new object and a subject in the prompt of every target fact, found "
-                f"fact {fact.id} without a {missing}; mend the facts file"
+                "expected a subject in the prompt of every target fact, found fact "
+                f"{fact.id} without a subject in its prompt; mend the facts file"
             )
+
+    @property
+    def aim(self) -> Aim:
+        """The objective with its noise."""
+        return Aim(self.objective, self.noise, self.seed)
 
     def find(
         self, model: ModelHandle, facts: Sequence[Fact], site: Site, contexts: tuple[str, ...]
@@ -154,11 +148,11 @@ class ValueSearch:
         """`find` without the cache: `start`, `delta` and `loss` by name."""
         bare = [model.encode(fact.prompt, owner=i) for i, fact in enumerate(facts)]
         start = _outputs(model, bare, site)
-        parts = self._parts(model, facts, bare, site, contexts)
+        parts = self._parts(model, facts, site, contexts)
         delta = torch.zeros_like(start, requires_grad=True)
         adam = torch.optim.Adam([delta], lr=self.lr)
         limit = self.clamp * start.norm(dim=1, keepdim=True)
-        enough = -torch.inf if self.objective == "erase" else self.stop_below
+        enough = -torch.inf if self.aim.lowered else self.stop_below
         for step in range(self.steps):
             adam.zero_grad()
             with torch.set_grad_enabled(step < self.steps - 1):
@@ -175,29 +169,16 @@ class ValueSearch:
         return {"start": start.cpu(), "delta": found.cpu(), "loss": loss.cpu()}
 
     def _parts(
-        self,
-        model: ModelHandle,
-        facts: Sequence[Fact],
-        bare: Sequence[Tokens],
-        site: Site,
-        contexts: tuple[str, ...],
+        self, model: ModelHandle, facts: Sequence[Fact], site: Site, contexts: tuple[str, ...]
     ) -> list["_Part"]:
         """What the loss is made of: the objective's prompts, and the subjects' essence."""
-        wanted: Sequence[str | tuple[int, ...]]
-        wanted = [(f.new or "") if self.objective == "inject" else f.true for f in facts]
-        if self.objective == "trace_reversal":
-            with self._noised(model, bare):
-                wanted = _said(model, bare, facts)
+        wanted = self.aim.wanted(model, facts)
         targets, essences = _targets(model, facts, wanted, contexts), _essences(model, facts)
         if self.objective != "force":
             return list(_captured(model, [*targets, *essences], site, len(contexts) + 1))
-        with self._noised(model, bare):
+        with self.aim.forced(model, facts):
             forced = list(_captured(model, targets, site, len(contexts) + 1))
         return [*forced, *_captured(model, essences, site, 1)]
-
-    def _noised(self, model: ModelHandle, bare: Sequence[Tokens]) -> AbstractContextManager[None]:
-        scale = self.noise * spread(model)
-        return corrupted(model, draw(model, bare, scale, self.seed))
 
     def _loss(
         self, model: ModelHandle, parts: Sequence["_Part"], delta: Tensor, start: Tensor
@@ -205,7 +186,7 @@ class ValueSearch:
         """Each fact's loss `[F]`; gradients, if any, are left in `delta.grad`, part by part."""
         decay = self.weight_decay * delta.norm(dim=1) / start.norm(dim=1) ** 2
         total = torch.zeros_like(decay)
-        shares = (part.loss(model, delta, self.objective == "erase", self.kl) for part in parts)
+        shares = (part.loss(model, delta, self.aim.lowered, self.kl) for part in parts)
         for share in chain([decay], shares):
             if share.requires_grad:
                 share.sum().backward()
@@ -278,26 +259,6 @@ def _outputs(model: ModelHandle, bare: Sequence[Tokens], site: Site) -> Tensor:
     return features(model, bare, [site], ["last_subject"])[0, 0].float().to(model.device)
 
 
-def _said(
-    model: ModelHandle, bare: Sequence[Tokens], facts: Sequence[Fact]
-) -> list[tuple[int, ...]]:
-    """What the model says of each fact, in as many tokens as its true object has."""
-    objects = [model.encode(fact.prompt, fact.true) for fact in facts]
-    lengths = [len(row.ids) - row.prompt for row in objects]
-    said = greedy(model, bare, max(lengths))
-    return [ids[:n] for ids, n in zip(said, lengths, strict=True)]
-
-
-def _followed(
-    model: ModelHandle, prompt: Prompt, wanted: str | tuple[int, ...], owner: int
-) -> Tokens:
-    """A prompt and an object, given as text or as the very tokens that the model said."""
-    if isinstance(wanted, str):
-        return model.encode(prompt, wanted, owner)
-    row = model.encode(prompt, owner=owner)
-    return replace(row, ids=(*row.ids, *wanted))
-
-
 def _targets(
     model: ModelHandle,
     facts: Sequence[Fact],
@@ -305,7 +266,7 @@ def _targets(
     contexts: tuple[str, ...],
 ) -> list[Tokens]:
     return [
-        _followed(model, prompt, wanted[owner], owner)
+        followed(model, prompt, wanted[owner], owner)
         for owner, fact in enumerate(facts)
         for prompt in in_contexts(fact, contexts)
     ]

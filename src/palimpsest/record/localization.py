@@ -197,8 +197,9 @@ def _is_edit(run: Run) -> bool:
 
 
 def _key(run: Run) -> tuple[str, str, int]:
-    search = _config(run)["intervene"].get("search") or {}
-    return run.method, str(search.get("objective", "inject")), int(run.run.get("seed") or 0)
+    own = _config(run)["intervene"]
+    objective = (own.get("search") or own).get("objective", "inject")
+    return run.method, str(objective), int(run.run.get("seed") or 0)
 
 
 def _asked(run: Run) -> tuple[Any, ...]:
