@@ -11,7 +11,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,8 +58,12 @@ def main() -> None:
     with kept_moments(spd(handle)) as given:
         memory(handle, "with C and C over half of the text", rome(given))
     memory(handle, "without C", rome())
-    line("v* of one ROME edit, layer 5, 22 prompts, 20 evaluations", *value_search(handle))
-    line("second moments of 12 layers, 4,096 tokens, whole passes", *moments(handle, False))
+    found = value_search(handle)
+    line("v* of one ROME edit, layer 5, 22 prompts, 20 evaluations", *found)
+    share(found[1], {torch.float32: value_flops(handle)})
+    found = moments(handle, False)
+    line("second moments of 12 layers, 4,096 tokens, whole passes", *found)
+    share(found[1], moment_flops(handle))
     line("the same, each pass stopped at its layer", *moments(handle, True))
     line("tracing a fact, 10 tokens, 12 layers, 3 kinds, 3 samples", *tracing(handle))
     smollm2 = Pretrained(prefix="\n").load()
@@ -73,6 +77,35 @@ def main() -> None:
 def line(work: str, plain: float, engine: float, error: float) -> None:
     """Print one comparison."""
     print(f"{work:<58}{plain:>9.2f}{engine:>9.2f}{plain / engine:>7.1f}x{error:>11.1e}", flush=True)
+
+
+def share(seconds: float, counted: Mapping[torch.dtype, float]) -> None:
+    """Print what share of the engine's time the arithmetic of docs/performance.md explains.
+
+    The rest is what is not counted: attention's scores, norms, memory, Python. Each precision's
+    FLOPs are taken at the rate of a large matrix product in this process.
+    """
+    explained = sum(flops / product_rate(dtype) for dtype, flops in counted.items())
+    total = sum(counted.values())
+    print(
+        f"    by the cost model {total / 1e9:.0f} GFLOP, as matrix products {explained:.1f} s: "
+        f"{explained / seconds:.0%} of the engine's time",
+        flush=True,
+    )
+
+
+def product_rate(dtype: torch.dtype) -> float:
+    """FLOPs in a CPU-second of a matrix product of 1,024 × 1,024 × 4,096."""
+    one, other = torch.ones(1024, 1024, dtype=dtype), torch.ones(1024, 4096, dtype=dtype)
+    one @ other
+    _, seconds = cpu_seconds(lambda: torch.stack([one @ other for _ in range(10)]))
+    return 10 * 2 * 1024 * 1024 * 4096 / seconds
+
+
+def block_weights(handle: ModelHandle) -> int:
+    """p of docs/performance.md: a block's weights."""
+    width, inner = handle.w_out(0).shape
+    return 4 * width**2 + 2 * width * inner
 
 
 def cpu_seconds(function: Callable[[], Tensor]) -> tuple[Tensor, float]:
@@ -138,14 +171,31 @@ def some_fact(rng: random.Random, number: int) -> Fact:
 
 def value_search(handle: ModelHandle) -> tuple[float, float, float]:
     """One fact's v*: the whole model with logits everywhere, against the engine."""
-    rng = random.Random(0)
-    fact = some_fact(rng, 0)
-    contexts = tuple(text(rng, 5 if i % 2 else 10) for i in range(CONTEXTS))
-    search = ValueSearch(stop_below=0.0)
+    fact, contexts, search = searched()
     plain, slow = cpu_seconds(lambda: plain_search(handle, fact, contexts, search))
     site = Site(LAYER, "mlp")
     engine, fast = cpu_seconds(lambda: search.optimise(handle, [fact], site, contexts)["delta"][0])
     return slow, fast, relative(engine, plain)
+
+
+def searched() -> tuple[Fact, tuple[str, ...], ValueSearch]:
+    """The fact, its contexts and the search."""
+    rng = random.Random(0)
+    fact = some_fact(rng, 0)
+    contexts = tuple(text(rng, 5 if i % 2 else 10) for i in range(CONTEXTS))
+    return fact, contexts, ValueSearch(stop_below=0.0)
+
+
+def value_flops(handle: ModelHandle) -> float:
+    """FLOPs of the search by the cost model: prefixes once, E evaluations forward and backward."""
+    fact, contexts, search = searched()
+    rows = [handle.encode(prompt) for prompt in in_contexts(fact, contexts)]
+    above = [len(row.ids) - row.at("last_subject") for row in rows]
+    weights, size = block_weights(handle), handle.model.config.vocab_size
+    before = 2 * sum(len(row.ids) for row in rows) * handle.n_layers * weights
+    blocks = 4 * (handle.n_layers - LAYER) * weights * (sum(above) + 1)
+    heads = 4 * handle.width * size * (len(rows) + 1)
+    return float(before + search.steps * (blocks + heads))
 
 
 def plain_search(
@@ -212,6 +262,16 @@ def moments(handle: ModelHandle, stopped: bool) -> tuple[float, float, float]:
     expected, slow = cpu_seconds(plain)
     found, fast = cpu_seconds(engine)
     return slow, fast, relative(found, expected)
+
+
+def moment_flops(handle: ModelHandle) -> dict[torch.dtype, float]:
+    """FLOPs of one pass over the text, and of the products in double precision."""
+    tokens, inner = 32 * 128, handle.w_out(0).shape[1]
+    layers = handle.n_layers
+    return {
+        torch.float32: 2.0 * tokens * layers * block_weights(handle),
+        torch.float64: 2.0 * tokens * layers * inner**2 * 9 / 16,
+    }
 
 
 @torch.no_grad()

@@ -16,32 +16,21 @@ from palimpsest.errors import RequestError
 from palimpsest.facts.fact import Fact
 from palimpsest.facts.splits import Splits
 from palimpsest.intervene import leace
+from palimpsest.intervene.eraser import concept, relative_cross_covariance
 from palimpsest.intervene.erasers import Erasure
-from palimpsest.intervene.leace import Leace, fit_leace, one_hot, relative_cross_covariance
+from palimpsest.intervene.leace import Leace, fit_leace
 from palimpsest.model.forward import forward
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site
 from palimpsest.model.tokens import collate
-from tests.intervene.conftest import ARCHITECTURES, copy_of, fact, splits
+from tests.intervene.concepts import ENDINGS, PLACES, SAMPLE
+from tests.intervene.conftest import ARCHITECTURES, copy_of, splits
 
 LAYER = 2
 PARTS = ("residual", "mlp", "attention")
 POSITIONS = ("last_subject", "last_prompt")
 
-ENDINGS = {"land": "German", "stan": "Greek", "onia": "Spanish"}
-"""A place's name tells its language, so that there is a concept to erase."""
-
-HEADS = [first + last for first in ("Bo", "Ta", "Le", "Ki") for last in "rlmnd"]
-
-PLACES = tuple(
-    fact(head + ending, language, None, "They say that the people of {} speak")
-    for ending, language in ENDINGS.items()
-    for head in HEADS[: {"land": 20, "stan": 16, "onia": 12}[ending]]
-)
 MAJORITY = 20 / len(PLACES)
-SAMPLE = splits(PLACES[::6], tuple(f for i, f in enumerate(PLACES) if i % 6))
-"""Some of the places are targets, the rest are there to fit on."""
-
 CLASSES = np.array([sorted(ENDINGS.values()).index(f.true) for f in PLACES])
 
 
@@ -170,10 +159,14 @@ def test_fewer_dimensions_are_erased_than_there_are_classes(double: ModelHandle)
 
 
 def test_diagnostics_tell_sample_and_residual(double: ModelHandle) -> None:
-    found = {row.metric: row for row in fit(double).diagnostics}
+    rows = fit(double).diagnostics
+    found = {row.metric: row for row in rows if row.split == "fit"}
     assert 0 <= found["residual_cross_covariance"].value < 1e-9
     assert found["n_over_d"].value == len(PLACES) / double.width
+    assert found["classes"].value == len(ENDINGS)
     assert {(row.n, row.layer, row.relation) for row in found.values()} == {(len(PLACES), 2, "L")}
+    [fresh] = [row for row in rows if row.split == "test"]
+    assert (fresh.value, fresh.n, fresh.protocol) == (None, 0, "held_out")
 
 
 def test_fit_alone_leaves_the_targets_out(double: ModelHandle) -> None:
@@ -234,17 +227,11 @@ def hot(classes: np.ndarray) -> Tensor:
     return torch.eye(int(classes.max()) + 1, dtype=torch.float64)[classes]
 
 
-def erase(fitted: tuple[Tensor, Tensor, Tensor], states: Tensor) -> Tensor:
-    """r(x)."""
-    left, right, bias = fitted
-    return states - (states - bias) @ right.T @ left.T
-
-
 def test_no_other_affine_map_that_erases_changes_less() -> None:
     states, classes, _ = gaussian(4000, 10, 4, seed=1)
-    left, right, bias = fit_leace(states, hot(classes), 1e-6)
-    best = torch.eye(10, dtype=torch.float64) - left @ right
-    centred = states - bias
+    fitted = fit_leace(states, hot(classes), 1e-6)
+    best = torch.eye(10, dtype=torch.float64) - fitted.left @ fitted.right
+    centred = states - fitted.bias
     xcov = cross_covariance(states, classes)
     basis = torch.linalg.svd(xcov)[0][:, :3]  # the class means' directions
     blind = torch.eye(10, dtype=torch.float64) - basis @ basis.T  # what else erases, comes after it
@@ -269,7 +256,7 @@ def test_one_hot_labels_bring_every_pair_of_classes_together() -> None:
     scale = float(class_means(states, classes).std(0).norm())
 
     def gaps(labels: Tensor) -> list[float]:
-        means = class_means(erase(fit_leace(states, labels, 1e-6), states), classes)
+        means = class_means(fit_leace(states, labels, 1e-6).of(states), classes)
         return [float((means[a] - means[b]).norm()) / scale for a, b in ((0, 1), (0, 2), (1, 2))]
 
     assert max(gaps(hot(classes))) < 1e-9
@@ -277,7 +264,7 @@ def test_one_hot_labels_bring_every_pair_of_classes_together() -> None:
 
 
 def test_labels_are_one_hot_true_objects() -> None:
-    labels = one_hot(PLACES, 32)
+    labels = concept(PLACES, 32).labels
     assert labels.dtype == torch.float64
     assert labels.tolist() == hot(CLASSES).tolist()
 
@@ -293,21 +280,22 @@ def test_a_fitted_eraser_is_not_the_fitters(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(leace, "LeaceFitter", Spy)
     states, classes, draw = gaussian(300, 8, 3, seed=4)
     fitted = fit_leace(states, hot(classes), 1e-6)
-    before = [tensor.clone() for tensor in fitted]
+    own = (fitted.left, fitted.right, fitted.bias)
+    before = [tensor.clone() for tensor in own]
     more, labels = draw(300)
     eraser = made[0].eraser
     made[0].update(more * 3, hot(labels))
     assert not torch.equal(made[0].mean_x, before[2])
-    assert all(torch.equal(a, b) for a, b in zip(fitted, before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(own, before, strict=True))
     parts = (eraser.proj_left, eraser.proj_right, eraser.bias)
-    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(fitted, parts, strict=True))
+    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(own, parts, strict=True))
 
 
 @pytest.mark.parametrize("outlier", [1.0, 3000.0])
 def test_many_rare_classes_and_outlying_dimensions_are_erased_too(outlier: float) -> None:
     states, classes, _ = gaussian(500, 64, 40, seed=5)
     states[:, 3] = states[:, 3] * 20 + outlier
-    erased = erase(fit_leace(states, hot(classes), 1e-6), states)
+    erased = fit_leace(states, hot(classes), 1e-6).of(states)
     assert relative_cross_covariance(states, erased, hot(classes)) < 1e-9
 
 
@@ -344,7 +332,7 @@ def test_leakage_on_fresh_subjects_falls_with_n_over_d() -> None:
         fresh, labels = draw(2000)
         for index, n in enumerate((d // 2, d, 2 * d, 5 * d)):
             eraser = fit_leace(states[:n], hot(classes[:n]), 1e-6)
-            erased = erase(eraser, fresh)
+            erased = eraser.of(fresh)
             covariance[index] += relative_cross_covariance(fresh, erased, hot(labels)) / 20
             accuracy[index] += readable(erased, labels) / 20
     assert (np.diff(covariance) < -0.01).all(), covariance
@@ -395,11 +383,11 @@ def test_the_control_is_seeded_and_names_what_it_imitates(double: ModelHandle) -
         ),
         (
             tuple(replace(PLACES[0], true=f"C{i}") for i in range(33)),
-            "fewer classes than the model's 32 dimensions.*found 33; choose",
+            "fewer classes than the model's 32 dimensions.*found 33; set intervene.rare=merge",
         ),
         (
             tuple(replace(PLACES[0], true=f"C{i}") for i in range(32)),
-            "fewer classes than the model's 32 dimensions.*found 32; choose",
+            "fewer classes than the model's 32 dimensions.*found 32; set intervene.rare=merge",
         ),
     ],
 )
@@ -412,7 +400,7 @@ def test_facts_that_cannot_be_erased_are_refused(
 
 def test_as_many_classes_as_fit_are_accepted() -> None:
     facts = tuple(replace(PLACES[0], true=f"C{i}") for i in range(31))
-    assert one_hot(facts, 32).shape == (31, 31)
+    assert concept(facts, 32).labels.shape == (31, 31)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from palimpsest.record.intervals import _medians, _weights, estimate, interval
+from palimpsest.record.intervals import _medians, estimate, interval, resampling
 from palimpsest.record.row import Row
 
 
@@ -55,14 +55,14 @@ def test_single_facts_of_few_relations_have_no_interval():
 
 
 def test_resamples_keep_each_relations_size():
-    weights = _weights(("a", "b", "a", "b", "b"))
+    weights = resampling(("a", "b", "a", "b", "b"))
     assert (weights[:, [0, 2]].sum(axis=1) == 2).all()
     assert (weights.sum(axis=1) == 5).all()
 
 
 def test_medians_of_resamples_equal_medians_of_the_repeated_values():
     values = np.array([5.0, 1.0, 9.0, 1.0, 4.0, 7.0])
-    weights = _weights(("a",) * 6)[:200]
+    weights = resampling(("a",) * 6)[:200]
     wanted = [np.median(np.repeat(values, w.astype(int))) for w in weights]
     assert _medians(values, weights) == pytest.approx(wanted)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from palimpsest.record.intervals import RESAMPLES, _weights
+from palimpsest.record.intervals import RESAMPLES, resampling
 from palimpsest.record.regression import (
     _SEED,
     PERMUTATIONS,
@@ -92,7 +92,7 @@ def test_r2_and_f_test_are_those_of_dense_least_squares():
 
 def test_intervals_are_those_of_refitting_every_resample():
     found, observations = study(with_gaps()), with_gaps()
-    weights = _weights(tuple(f"P{fact % 3}" for fact in range(12)))
+    weights = resampling(tuple(f"P{fact % 3}" for fact in range(12)))
     slow = [dense(repeated(observations, counts)) for counts in weights]
     for name in R2:
         wanted = np.quantile([each[name] for each in slow], [0.025, 0.975])
@@ -214,7 +214,7 @@ def test_correlations_are_spearmans_with_ties():
     effect = generator.integers(0, 6, size=(20, 3)).astype(float)
     success = effect + generator.integers(0, 6, size=(20, 3))
     found = study(observed(success, effect)).correlations
-    weights = _weights(("P0",) * 20).astype(int)
+    weights = resampling(("P0",) * 20).astype(int)
     for layer in range(3):
         x, y = effect[:, layer], success[:, layer]
         assert found[layer].value == pytest.approx(stats.spearmanr(x, y).statistic)

@@ -16,7 +16,7 @@ from palimpsest.evaluate.recoverability import Recoverability, Trained
 from palimpsest.facts.splits import Splits
 from palimpsest.model.forward import greedy, next_token_logprobs
 from palimpsest.model.handle import ModelHandle
-from palimpsest.model.site import ORACLE_POLICIES, Change
+from palimpsest.model.site import Change
 from palimpsest.record.row import Row
 
 
@@ -94,7 +94,7 @@ class Ruler:
 def _marked(row: Row, change: Change) -> Row:
     """Null if the method could not change the fact; the mark of an oracle where it had one."""
     row = withheld(row, change)
-    if change.policy not in ORACLE_POLICIES:
+    if not change.oracle:
         return row
     return replace(row, note="oracle_gate" if row.note is None else f"{row.note}; oracle_gate")
 

@@ -22,7 +22,7 @@ from palimpsest import __version__
 from palimpsest.errors import RequestError, WriteError, nearest
 from palimpsest.files import write_json, writing
 from palimpsest.intervene.composition import Parts
-from palimpsest.intervene.deltas import WeightDeltas
+from palimpsest.intervene.deltas import BiasShift, WeightDeltas
 from palimpsest.intervene.dense import DenseDeltas
 from palimpsest.intervene.intervention import Intervention, Unchanged, load
 from palimpsest.intervene.kinds import KINDS
@@ -113,7 +113,7 @@ def _check_weights(whole: Intervention) -> None:
             "expected a change of weights, found a run that changes nothing (intervene=none); "
             "name another run"
         )
-    elif not isinstance(whole, WeightDeltas | DenseDeltas):
+    elif not isinstance(whole, WeightDeltas | DenseDeltas | BiasShift):
         raise RequestError(
             f"expected a change of weights, found kind {whole.kind!r}: it acts on chosen tokens' "
             f"states at layer {whole.change.layer} while the model runs, which no weight can hold; "
@@ -308,16 +308,19 @@ def _write_changed(handle: ModelHandle, chosen: Chosen, folder: Path, command: s
 def _names(handle: ModelHandle, change: Intervention) -> list[str]:
     """The names of the parameters that a change of weights may alter."""
     names = {id(parameter): name for name, parameter in handle.model.named_parameters()}
-    layers = sorted(_layers(change))
-    modules = [handle.module(Site(handle.check_layer(layer), "mlp")) for layer in layers]
-    return [names[id(module.weight)] for module in modules]
+    found = []
+    for layer, kind in sorted(_places(change)):
+        module = handle.module(Site(handle.check_layer(layer), "mlp"))
+        found.append(names[id(module.get_parameter(kind))])
+    return found
 
 
-def _layers(change: Intervention) -> set[int]:
+def _places(change: Intervention) -> set[tuple[int, str]]:
+    """Layers, and which parameter of their W_out is changed."""
     if isinstance(change, Parts):
-        return {layer for part in change.parts for layer in _layers(part)}
+        return {place for part in change.parts for place in _places(part)}
     assert change.change.layer is not None
-    return {change.change.layer}
+    return {(change.change.layer, "bias" if isinstance(change, BiasShift) else "weight")}
 
 
 def _equal(handle: ModelHandle, name: str, value: Tensor) -> bool:

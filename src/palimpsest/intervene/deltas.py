@@ -127,3 +127,25 @@ def added(weight: Tensor, delta: Tensor) -> Iterator[None]:
         yield
     finally:
         weight.copy_(saved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiasShift(Intervention):
+    """A vector added to the bias of one layer's W_out.
+
+    Attributes:
+        shift: `[d_model]` float32.
+    """
+
+    kind: ClassVar[str] = "bias_shift"
+    shift: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`shift`."""
+        return {"shift": self.shift}
+
+    def changing(self, handle: ModelHandle) -> AbstractContextManager[None]:
+        """Shift the bias while the context lasts."""
+        assert self.change.layer is not None
+        bias = handle.module(Site(self.change.layer, "mlp")).get_parameter("bias")
+        return added(bias.data, self.shift)

@@ -21,16 +21,19 @@ class Erasure(Intervention):
         proj_left: L, `[d_model, rank]` float64.
         proj_right: R, `[rank, d_model]` float64.
         bias: b, `[d_model]` float64: the mean of the states it was fitted on.
+        subjects: `[m]` what stands for the target subjects, if it acts in their prompts alone.
     """
 
     kind: ClassVar[str] = "erasure"
     proj_left: Tensor
     proj_right: Tensor
     bias: Tensor
+    subjects: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """`proj_left`, `proj_right` and `bias`."""
-        return {"proj_left": self.proj_left, "proj_right": self.proj_right, "bias": self.bias}
+        """`proj_left`, `proj_right` and `bias`, and `subjects` if there is a gate."""
+        own = {"proj_left": self.proj_left, "proj_right": self.proj_right, "bias": self.bias}
+        return own if self.subjects is None else {**own, "subjects": self.subjects}
 
     def erase(self, states: Tensor) -> Tensor:
         """r(x) of states `[..., d_model]`, computed and returned in their own precision."""
@@ -45,8 +48,11 @@ class Erasure(Intervention):
         def hook(states: Tensor) -> Tensor:
             if handle.running is None:
                 raise RuntimeError("an erasure needs a batch with positions: use model.forward")
-            chosen = handle.running.selects(self.change.policy).unsqueeze(-1)
-            return torch.where(chosen, self.erase(states), states)
+            chosen = handle.running.selects(self.change.policy)
+            if self.subjects is not None:
+                mine = torch.isin(handle.running.subject, self.subjects.to(states.device))
+                chosen = chosen & mine.unsqueeze(1)
+            return torch.where(chosen.unsqueeze(-1), self.erase(states), states)
 
         with handle.hooked([(handle.module(Site(self.change.layer, self.change.part)), hook)]):
             yield

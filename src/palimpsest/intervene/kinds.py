@@ -1,13 +1,14 @@
 """Every kind of intervention that a run may have saved."""
 
 from palimpsest.intervene.composition import Composition, History
-from palimpsest.intervene.deltas import WeightDeltas
+from palimpsest.intervene.deltas import BiasShift, WeightDeltas
 from palimpsest.intervene.dense import DenseDeltas
 from palimpsest.intervene.erasers import Erasure
 from palimpsest.intervene.intervention import Intervention, Unchanged
 
 KINDS: tuple[type[Intervention], ...] = (
     WeightDeltas,
+    BiasShift,
     DenseDeltas,
     Erasure,
     Unchanged,

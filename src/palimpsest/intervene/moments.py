@@ -144,7 +144,7 @@ class Moments:
         def make() -> dict[str, Tensor]:
             return {"ids": sample(model, count, fresh, torch.Generator().manual_seed(self.seed))}
 
-        key = {**self._key(model), "rows": count}
+        key = {**self.key(model), "rows": count}
         return cached_tensors("text", key, make)["ids"]
 
     def _read(
@@ -164,9 +164,10 @@ class Moments:
         return torch.cat([torch.tensor([start] * count), rows], 1)
 
     def _part_key(self, model: ModelHandle, layer: int, part: str) -> dict[str, Any]:
-        return {**self._key(model), "layer": layer, "part": part}
+        return {**self.key(model), "layer": layer, "part": part}
 
-    def _key(self, model: ModelHandle) -> dict[str, Any]:
+    def key(self, model: ModelHandle) -> dict[str, Any]:
+        """What the cache knows the text by."""
         return {
             "version": 3,
             "model": model.state,

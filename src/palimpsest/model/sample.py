@@ -88,4 +88,5 @@ def _batch(fresh: Tensor, length: int, device: torch.device) -> Batch:
         nobody,
         nobody,
         nobody,
+        torch.zeros_like(nobody),
     )

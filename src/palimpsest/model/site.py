@@ -45,6 +45,7 @@ class Change:
         layer: the first block whose output differs; None if nothing is changed.
         part: where in that block.
         policy: the tokens that the change acts on.
+        gated: it acts only in prompts that hold a target subject.
         failed: by fact id, why the method could not change that fact: nothing was done for it, and
             what is measured of it is null.
     """
@@ -54,7 +55,13 @@ class Change:
     layer: int | None
     part: Part = "mlp"
     policy: Policy = "all"
+    gated: bool = False
     failed: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def oracle(self) -> bool:
+        """Whether it knows whose prompt it is, or where the prompt or its subject ends."""
+        return self.gated or self.policy in ORACLE_POLICIES
 
     def reaches(self, layer: int, position: Position, coincide: bool = False) -> bool:
         """Whether the state after block `layer` at `position` can differ from the unchanged one.

@@ -1,5 +1,6 @@
 """Prompts as tokens, and batches of them: which token is the subject's, which the prompt's last."""
 
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
@@ -68,6 +69,7 @@ class Batch:
         owner: `[n]` the fact that each row belongs to; `NOBODY` for none.
         subject_last: `[n]` place of the subject's last token; -1 for none.
         prompt_last: `[n]` place of the prompt's last token.
+        subject: `[n]` what stands for the subject's tokens, see `subject_key`; 0 for none.
     """
 
     ids: Tensor
@@ -76,6 +78,7 @@ class Batch:
     owner: Tensor
     subject_last: Tensor
     prompt_last: Tensor
+    subject: Tensor
 
     def selects(self, policy: Policy) -> Tensor:
         """`[n, t]` boolean: the tokens that a policy names; padding among them is inert."""
@@ -135,7 +138,20 @@ def collate(rows: Sequence[Tokens], device: torch.device) -> Batch:
             [-1 if row.subject is None else row.subject[1] for row in rows], device=device
         ),
         torch.tensor([row.prompt - 1 for row in rows], device=device),
+        torch.tensor([subject_key(row) for row in rows], device=device),
     )
+
+
+def subject_key(row: Tokens) -> int:
+    """A number that stands for the tokens of a row's subject: the same in every prompt; 0 for none.
+
+    A checksum of 32 bits: two of a thousand subjects share one with a chance of about one in ten
+    thousand.
+    """
+    if row.subject is None:
+        return 0
+    first, last = row.subject
+    return zlib.crc32(repr(row.ids[first : last + 1]).encode())
 
 
 def batches(rows: Sequence[Tokens], size: int) -> Iterator[list[int]]:

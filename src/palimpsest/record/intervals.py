@@ -88,7 +88,7 @@ def interval(
         return None, None
     if np.ptp(values) == 0:
         return float(values[0]), float(values[0])
-    weights = _weights(relations)
+    weights = resampling(relations)
     statistics = _weighted_mean(values, weights) if center == "mean" else _medians(values, weights)
     low, high = np.quantile(statistics, [0.025, 0.975])
     return float(low), float(high)
@@ -130,7 +130,7 @@ def _center(values: Floats, center: Center) -> float:
 
 
 @lru_cache(maxsize=8)
-def _weights(relations: tuple[str | None, ...]) -> Floats:
+def resampling(relations: tuple[str | None, ...]) -> Floats:
     """How often each resample holds each fact: [resamples, facts]."""
     generator = np.random.default_rng(_SEED)
     names, index = np.unique([name or "" for name in relations], return_inverse=True)

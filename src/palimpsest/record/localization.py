@@ -6,6 +6,7 @@ The question and its regressions are those of Hase, Bansal, Kim, Ghandeharioun 2
 
 import csv
 import io
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -65,11 +66,9 @@ def findings(runs: Sequence[Run], margin: float = MARGIN) -> list[Finding]:
     found: list[Finding] = []
     for key in sorted({_key(run) for run in edits}):
         group = [run for run in edits if _key(run) == key]
-        unchanged = [
-            run for run in runs if run.method == "none" and _asked(run) == _asked(group[0])
-        ]
-        shown = [run for run in traced if _model(run) == _model(group[0])]
-        if len({_layer(run) for run in group}) >= _FEWEST_LAYERS and unchanged:
+        unchanged = [run for run in runs if run.method == "none" and asked(run) == asked(group[0])]
+        shown = [run for run in traced if model_of(run) == model_of(group[0])]
+        if len({layer_of(run) for run in group}) >= _FEWEST_LAYERS and unchanged:
             found += _findings(group, unchanged[0], shown, margin)
     return found
 
@@ -85,10 +84,10 @@ def _findings(
     for protocol in protocols:
         effects, left_out = restored_shares(traced, protocol)
         observations = [
-            Observation(fact, relation, _layer(run), value, effects[fact, _layer(run)])
+            Observation(fact, relation, layer_of(run), value, effects[fact, layer_of(run)])
             for run, values in reached
             for (fact, relation), value in values.items()
-            if (fact, _layer(run)) in effects
+            if (fact, layer_of(run)) in effects
         ]
         facts = {each.fact_id for each in observations}
         layers = {each.layer for each in observations}
@@ -202,12 +201,15 @@ def _key(run: Run) -> tuple[str, str, int]:
     return run.method, str(objective), int(run.run.get("seed") or 0)
 
 
-def _asked(run: Run) -> tuple[Any, ...]:
-    facts = run.run.get("facts") or {}
-    return _model(run), facts.get("fingerprint"), run.run.get("seed")
+def asked(run: Run) -> tuple[Any, ...]:
+    """What two runs must share to be compared: model, facts and their splits, ruler, seed."""
+    facts, config = run.run.get("facts") or {}, _config(run)
+    plan = json.dumps([config.get("facts"), config.get("evaluate")], sort_keys=True)
+    return model_of(run), facts.get("fingerprint"), run.run.get("seed"), plan
 
 
-def _model(run: Run) -> Any:
+def model_of(run: Run) -> Any:
+    """The fingerprint of the model that a run is about."""
     return (run.run.get("model") or {}).get("fingerprint")
 
 
@@ -215,5 +217,6 @@ def _config(run: Run) -> Mapping[str, Any]:
     return run.run.get("config") or {}
 
 
-def _layer(run: Run) -> int:
+def layer_of(run: Run) -> int:
+    """The layer that a run changes."""
     return int(run.run["site"]["layer"])

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from scipy.special import fdtrc
 
-from palimpsest.record.intervals import Estimate, Floats, _weights
+from palimpsest.record.intervals import Estimate, Floats, resampling
 
 Verdict = Literal["undecided", "adds nothing that matters", "adds"]
 """Whether the effect tells more of an edit's success than the layer does."""
@@ -203,7 +203,7 @@ def _samples(relations: tuple[str | None, ...]) -> Floats:
 
     No resamples where nothing can vary: fewer than ten relations of one fact each.
     """
-    resamples = _weights(relations)
+    resamples = resampling(relations)
     once = np.ones((1, len(relations)))
     return once if (resamples == 1).all() else np.vstack([once, resamples])
 

@@ -10,8 +10,9 @@ import jinja2
 import plotly.offline
 
 from palimpsest.files import write_text
-from palimpsest.record import figures, localization, tables, trace_figures, traces
+from palimpsest.record import erasing, figures, localization, tables, trace_figures, traces
 from palimpsest.record.columns import HEADLINE, Column
+from palimpsest.record.erasing import Agreement
 from palimpsest.record.intervals import RESAMPLES, Estimate
 from palimpsest.record.labels import differences
 from palimpsest.record.localization import Finding
@@ -121,13 +122,27 @@ class TraceSection:
     hidden: int
 
 
+@dataclass(frozen=True)
+class Studies:
+    """Traces beside edits, and beside erasers.
+
+    Attributes:
+        informed: what the effect tells of each edit's success.
+        agreed: what it tells of the layers of erasers.
+    """
+
+    informed: Sequence[Finding] = ()
+    agreed: Sequence[Agreement] = ()
+
+
 def write_report(directory: Path) -> Path:
     """Write report.html, report.csv and report.tex into `directory`.
 
     Where a run was measured along a sequence of edits, sequence.csv too. Runs of causal tracing
     have a section of the page, trace.csv and pictures in `figures/` (of several such runs in
     `figures/<run_id>/`); without other runs there is no report.csv nor report.tex. Where traces and
-    edits at several layers stand together, localization.csv.
+    edits at several layers stand together, localization.csv; where traces and erasers do,
+    erasing.csv.
 
     Args:
         directory: a sweep's directory, or one run's.
@@ -151,16 +166,19 @@ def write_report(directory: Path) -> Path:
         _write_traces(traced, directory)
     if informed := localization.findings(runs):
         write_text(directory / "localization.csv", localization.to_csv(informed))
+    if agreed := erasing.agreements(runs):
+        write_text(directory / "erasing.csv", erasing.to_csv(agreed))
     page = directory / "report.html"
     title = directory.resolve().name
-    write_text(page, render(summaries, traced, informed, load_unfinished(directory), title))
+    shown_besides = Studies(informed, agreed)
+    write_text(page, render(summaries, traced, shown_besides, load_unfinished(directory), title))
     return page
 
 
 def render(
     summaries: Sequence[Summary],
     traced: Sequence[TraceView],
-    informed: Sequence[Finding],
+    studies: "Studies",
     unfinished: Sequence[Mapping[str, Any]],
     title: str,
 ) -> str:
@@ -184,7 +202,8 @@ def render(
         panels=panels[:MAX_PANELS],
         hidden_panels=max(len(panels) - MAX_PANELS, 0),
         traced=[_trace_section(view) for view in traced],
-        informed=[(finding, _regressions(finding)) for finding in informed],
+        informed=[(finding, _regressions(finding)) for finding in studies.informed],
+        agreed=[(each, _agreement(each)) for each in studies.agreed],
         details=_details(details(summaries)),
         summaries=summaries,
         listed=_listed(summaries) + _listed(traced),
@@ -359,6 +378,13 @@ def _regressions(finding: Finding) -> list[Cell]:
         return [Cell(DASH, "", finding.note or "")] * len(localization.R2)
     values = [getattr(finding.study, name) for name in localization.R2]
     return [Cell(decimals(v.value), _ends(v), _tip(_count(v), v.note)) for v in values]
+
+
+def _agreement(each: Agreement) -> Cell:
+    """The rank correlation over layers."""
+    value = each.correlation
+    tip = "; ".join(f"layer {n}: {each.outcomes[n]:.2f}" for n in each.outcomes)
+    return Cell(decimals(value.value), _ends(value), _tip(tip, value.note))
 
 
 def _ends(estimate: Estimate) -> str:

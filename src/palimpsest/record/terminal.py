@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from palimpsest.record.columns import HEADLINE
+from palimpsest.record.erasing import Agreement, agreements
 from palimpsest.record.intervals import Estimate
 from palimpsest.record.localization import R2, Finding, findings
 from palimpsest.record.sequences import SHOWN, Course, columns, courses, heading
@@ -46,13 +47,36 @@ def print_summary(runs: Sequence[Run], console: Console) -> None:
     if found := findings(runs):
         console.print()
         console.print(_informed(found))
+    if agreed := agreements(runs):
+        console.print()
+        console.print(_agreed(agreed))
+
+
+def _agreed(found: Sequence[Agreement]) -> Table:
+    """What tracing tells of the layers of erasers, a line for each pair that is compared."""
+    table = _studied("eraser", "traced", "at", "outcome")
+    for name in ("layers", "rank correlation", "95%", "p"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for each in found:
+        value = each.correlation
+        ends = "" if value.low is None else f"{decimals(value.low)} to {decimals(value.high)}"
+        named = (each.method, each.protocol, each.position, each.outcome)
+        p = DASH if each.p is None else f"{each.p:.3f}"
+        table.add_row(*map(Text, named), str(value.n), decimals(value.value), ends, p)
+    return table
+
+
+def _studied(*names: str) -> Table:
+    """A table whose first columns say what was compared."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 2), pad_edge=False, show_edge=False)
+    for name in names:
+        table.add_column(name, overflow="fold")
+    return table
 
 
 def _informed(found: Sequence[Finding]) -> Table:
     """What the effect tells of an edit's success, a line for each kind of edit and of state."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 2), pad_edge=False, show_edge=False)
-    for name in ("edit", "objective", "traced"):
-        table.add_column(name, overflow="fold")
+    table = _studied("edit", "objective", "traced")
     for name in ("R² layer", "effect", "both", "beyond chance"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("the effect", overflow="fold")

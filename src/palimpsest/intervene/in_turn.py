@@ -1,0 +1,106 @@
+"""One method after another: erase, then write; or write, then erase."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from palimpsest.errors import RequestError
+from palimpsest.facts.splits import Splits
+from palimpsest.intervene.composition import Composition, joined
+from palimpsest.intervene.intervention import Intervention, Method
+from palimpsest.model.handle import ModelHandle
+from palimpsest.model.site import Change, Site
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """Two methods, the second fitted on the model that carries the first one's change.
+
+    Either may be such a pair itself. Both changes are undone in reverse, bit for bit.
+
+    Attributes:
+        first: the method that is fitted on the unchanged model.
+        then: the method that is fitted on what the first has made of it.
+        first_layer: of the first; None for the located layer.
+        then_layer: of the second; None for the located layer.
+    """
+
+    first: Any
+    then: Any
+    first_layer: int | None = None
+    then_layer: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check that one of them, and only one, is located.
+
+        Raises:
+            RequestError: both have a layer, or neither.
+        """
+        if (self.first_layer is None) == (self.then_layer is None):
+            found = "none" if self.first_layer is None else "both"
+            raise RequestError(
+                "expected a layer in one of intervene.first_layer and intervene.then_layer, the "
+                f"other being null for the located layer, found {found}; set one"
+            )
+
+    @property
+    def located(self) -> Method:
+        """The method whose layer is chosen by `locate`."""
+        return self.first if self.first_layer is None else self.then  # type: ignore[no-any-return]
+
+    @property
+    def part(self) -> str:
+        """The located method's."""
+        return self.located.part
+
+    @property
+    def place(self) -> str:
+        """The located method's."""
+        return getattr(self.located, "place", self.part)
+
+    @property
+    def lowest(self) -> int:
+        """The lowest layer at which the located method has room."""
+        return getattr(self.located, "lowest", 0)
+
+    def fit(self, model: ModelHandle, facts: Splits, site: Site) -> Composition:
+        """Fit the first, and the second on the changed model.
+
+        Raises:
+            RequestError: either is refused, or the model has no such layer.
+        """
+        first = self._fitted(self.first, self.first_layer, "first", model, facts, site)
+        with first.applied(model):
+            then = self._fitted(self.then, self.then_layer, "then", model, facts, site)
+        return Composition(
+            change=together(first, then),
+            model=model.fingerprint,
+            parts=(first, then),
+            diagnostics=(*first.diagnostics, *then.diagnostics),
+        )
+
+    def _fitted(
+        self,
+        method: Method,
+        layer: int | None,
+        name: str,
+        model: ModelHandle,
+        facts: Splits,
+        site: Site,
+    ) -> Intervention:
+        if layer is not None:
+            number = model.check_layer(layer, f"intervene.{name}_layer")
+            site = Site(number, method.part)  # type: ignore[arg-type]
+        return method.fit(model, facts, site)
+
+
+def together(first: Intervention, then: Intervention) -> Change:
+    """What the ruler may know of both changes."""
+    changes = [first.change, then.change]
+    policies = {change.policy for change in changes}
+    return replace(
+        joined([first, then]),
+        scope="relation" if any(c.scope == "relation" for c in changes) else "fact",
+        independent=any(change.independent for change in changes),
+        policy=policies.pop() if len(policies) == 1 else "all",
+        gated=any(change.oracle for change in changes),
+    )

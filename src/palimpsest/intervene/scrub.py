@@ -1,0 +1,23 @@
+"""Concept scrubbing (Belrose et al. 2023, arXiv 2306.03819, section 6): LEACE at every layer."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from palimpsest.intervene.leace import Leace
+
+
+@dataclass(frozen=True)
+class Scrub(Leace):
+    """LEACE from below, each layer fitted on states that the layers below have already erased.
+
+    What a layer's own eraser guarantees is then true of the states that it really meets. The
+    paper scrubs the inputs of attention and MLP at every token; here it is the outputs of `part`,
+    on the tokens of `policy`.
+    """
+
+    layers: Any = "all"
+
+    @property
+    def in_turn(self) -> bool:
+        """Yes."""
+        return True

@@ -1,0 +1,88 @@
+"""Pairs of methods: the second sees the model that carries the first one's change."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from palimpsest.errors import RequestError
+from palimpsest.intervene.eraser import states_of
+from palimpsest.intervene.erasers import Erasure
+from palimpsest.intervene.in_turn import InTurn
+from palimpsest.intervene.leace import Leace
+from palimpsest.intervene.moments import GivenMoments
+from palimpsest.intervene.prefixes import GivenPrefixes
+from palimpsest.intervene.rome import Rome
+from palimpsest.model.forward import keys
+from palimpsest.model.handle import ModelHandle
+from palimpsest.model.site import Site
+from tests.intervene.concepts import SAMPLE, assert_erased, states
+from tests.intervene.conftest import assert_untouched, copy_of, relative, weights
+
+EDITED, ERASED = 1, 2
+
+
+@pytest.fixture
+def rome(moments: Callable[[ModelHandle], GivenMoments], llama: ModelHandle) -> Rome:
+    return Rome(prefixes=GivenPrefixes([]), moments=moments(llama))
+
+
+def test_an_edit_is_computed_on_the_erased_model(llama: ModelHandle, rome: Rome) -> None:
+    before = weights(llama)
+    both = InTurn(Leace(), rome, first_layer=0).fit(llama, SAMPLE, Site(EDITED, "mlp"))
+    erasure, deltas = both.parts
+    assert isinstance(erasure, Erasure)
+    with erasure.applied(llama):
+        wanted = rome.fit(llama, SAMPLE, Site(EDITED, "mlp"))
+    plain = rome.fit(llama, SAMPLE, Site(EDITED, "mlp"))
+    assert relative(deltas.matrix(0), wanted.matrix(0)) < 1e-5
+    assert relative(deltas.matrix(0), plain.matrix(0)) > 1e-2
+    assert_untouched(llama, before)
+
+
+def test_an_eraser_is_fitted_on_the_edited_model(llama: ModelHandle, rome: Rome) -> None:
+    method = InTurn(rome, Leace(), then_layer=ERASED)
+    assert method.part == "mlp"
+    both = method.fit(llama, SAMPLE, Site(EDITED, "mlp"))
+    edit, erasure = both.parts
+    owned = {fact.id: n for n, fact in enumerate(SAMPLE.target)}
+    with edit.applied(llama):
+        facts = (*SAMPLE.target, *SAMPLE.fit)
+        found = states_of(llama, facts, [Site(ERASED)], "last_prompt", owned)[0]
+    assert_erased(found, erasure, 1e-6)
+    assert torch.allclose(erasure.bias, found.mean(0))
+    unedited = states(llama, Site(ERASED))
+    assert not torch.allclose(unedited[: len(SAMPLE.target)], found[: len(SAMPLE.target)])
+    assert torch.allclose(unedited[len(SAMPLE.target) :], found[len(SAMPLE.target) :])
+
+
+def test_both_changes_act_and_are_taken_back(llama: ModelHandle, rome: Rome) -> None:
+    model = copy_of(llama)
+    both = InTurn(Leace(), rome, first_layer=0).fit(model, SAMPLE, Site(EDITED, "mlp"))
+    rows = [model.encode(fact.prompt, owner=n) for n, fact in enumerate(SAMPLE.target)]
+    before, plain = weights(model), keys(model, rows, EDITED)[1]
+    with both.applied(model):
+        found = keys(model, rows, EDITED)[1]
+    with both.parts[1].applied(model):
+        edited = keys(model, rows, EDITED)[1]
+    assert relative(found, plain) > 1e-2
+    assert relative(found, edited) > 1e-3
+    assert_untouched(model, before)
+    assert torch.equal(keys(model, rows, EDITED)[1], plain)
+
+
+def test_the_ruler_is_told_of_both(llama: ModelHandle, rome: Rome) -> None:
+    both = InTurn(Leace(), rome, first_layer=0).fit(llama, SAMPLE, Site(EDITED, "mlp"))
+    change = both.change
+    assert (change.scope, change.independent, change.layer) == ("relation", True, 0)
+    assert not change.oracle
+    gated = InTurn(Leace(gate="subjects"), rome, first_layer=0)
+    assert gated.fit(llama, SAMPLE, Site(EDITED, "mlp")).change.oracle
+    metrics = {row.metric for row in both.diagnostics}
+    assert {"residual_cross_covariance", "value_loss"} <= metrics
+
+
+@pytest.mark.parametrize(("first", "then", "found"), [(None, None, "none"), (1, 2, "both")])
+def test_one_of_the_two_is_located(first: int | None, then: int | None, found: str) -> None:
+    with pytest.raises(RequestError, match=f"found {found}; set one"):
+        InTurn(Leace(), Leace(), first, then)
