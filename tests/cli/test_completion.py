@@ -180,12 +180,13 @@ def test_the_first_of_several_options_tells_the_keys():
 
 def test_a_list_of_options_goes_on():
     assert overrides("intervene=none,leace", []) == [
-        "intervene=none,leace", "intervene=none,leace_shuffled",
+        "intervene=none,leace", "intervene=none,leace_background", "intervene=none,leace_shuffled",
+        "intervene=none,leace_weights",
     ]  # fmt: skip
 
 
 def test_methods_and_the_keys_of_one():
-    assert methods("none,random") == ["none,random_delta"]
+    assert methods("none,random") == ["none,random_delta", "none,random_subspace"]
     one = overrides("leace:intervene.", ["intervene=rome"])
     assert one == [f"leace:{word}" for word in overrides("intervene.", ["intervene=leace"])]
 
@@ -221,8 +222,8 @@ def test_ones_own_configuration_is_found():
     place.mkdir(parents=True)
     target = "palimpsest.intervene.controls.NoChange"
     (place / "own.yaml").write_text(yaml.safe_dump({"_target_": target, "mine": 1}))
-    assert "intervene=own" not in overrides("intervene=o", [])
-    assert overrides("intervene=o", [], "it's mine") == ["intervene=own"]
+    assert "intervene=own" not in overrides("intervene=ow", [])
+    assert overrides("intervene=ow", [], "it's mine") == ["intervene=own"]
     assert overrides("intervene.", ["intervene=own"], "it's mine") == ["intervene.mine="]
 
 

@@ -52,7 +52,7 @@ def write_csv(tiny, path):
 
 def test_the_page_holds_a_file_a_yaml_and_a_test_of_each():
     assert set(BLOCKS) == {
-        "mean_projection.py", "intervene/mean_projection.yaml", "test_mean_projection.py",
+        "top_components.py", "intervene/top_components.yaml", "test_top_components.py",
         "next_token_entropy.py", "evaluate/entropy.yaml", "test_next_token_entropy.py",
         "csv_facts.py", "facts/csv.yaml", "test_csv_facts.py",
     }  # fmt: skip
@@ -68,7 +68,7 @@ def test_its_tests_pass(written):
 def test_a_run_with_all_three(written, call, tiny):
     write_csv(tiny, written / "facts.csv")
     words = [
-        "intervene=mean_projection", "evaluate=entropy", "facts=csv", "facts.path=facts.csv",
+        "intervene=top_components", "evaluate=entropy", "facts=csv", "facts.path=facts.csv",
         "facts.relations=[P17]", "facts.limit=6", "evaluate.recoverability.least=1",
         f"model.path={tiny.model}", "locate.layer=2", "record=local",
     ]  # fmt: skip
@@ -76,7 +76,7 @@ def test_a_run_with_all_three(written, call, tiny):
         outcome = call("run", "--config-dir", "conf", *words, method)
         assert outcome.code == 0, outcome.err
     none, run = sorted(load_runs(Path("results/runs")), key=lambda run: run.method != "none")
-    assert (none.method, run.method) == ("none", "mean_projection")
+    assert (none.method, run.method) == ("none", "top_components")
     assert run.run["facts"]["counts"]["selected"] == 32
     entropies = [row.value for row in run.select("entropy", "next_token")]
     assert len(entropies) == 2 * len(run.facts)
@@ -87,7 +87,7 @@ def test_a_run_with_all_three(written, call, tiny):
 
 
 def test_a_misspelt_key_is_refused(written, call, tiny):
-    words = ["intervene=mean_projection", "++intervene.polcy=all", f"model.path={tiny.model}"]
+    words = ["intervene=top_components", "++intervene.polcy=all", f"model.path={tiny.model}"]
     outcome = call("run", "--config-dir", "conf", *words)
     assert outcome.code == 2
     assert "found 'intervene.polcy'; did you mean 'intervene.policy'" in outcome.err

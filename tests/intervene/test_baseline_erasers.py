@@ -76,7 +76,11 @@ def test_layers_have_random_directions_of_their_own(double: ModelHandle) -> None
         (lambda: Inlp(rounds=0), "intervene.rounds.*at least 1"),
         (lambda: Inlp(c=0.0), "intervene.c to be a finite number above 0"),
         (lambda: MeanProjection(tolerance=-1.0), "intervene.tolerance"),
-        (lambda: RandomSubspace(layers="some"), "intervene.layers to be all, a list.*'some'"),
+        (
+            lambda: RandomSubspace(layers=[]),
+            r"intervene.layers or intervene.all_layers.*found \[\]",
+        ),
+        (lambda: RandomSubspace(layers=[1], all_layers=True), r"found \[1\] and true"),
         (lambda: RandomSubspace(gate="never"), "intervene.gate.*always, subjects"),
         (lambda: RandomSubspace(rare="merg"), "intervene.rare.*did you mean 'merge'"),
     ],

@@ -56,7 +56,7 @@ def test_all_layers_take_one_pass_over_the_sample(
         real(model, batch, layer)
 
     monkeypatch.setattr(module, "run_to", counted)
-    found = Leace(layers="all").fit(double, SAMPLE, SITE)
+    found = Leace(all_layers=True).fit(double, SAMPLE, SITE)
     assert len(found.parts) == double.n_layers
     assert sum(rows) == len(PLACES)
 

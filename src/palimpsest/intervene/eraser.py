@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -83,7 +83,8 @@ class Eraser(ABC):
         position: the token whose states are fitted on.
         policy: the tokens that are erased.
         fit_on: `target+fit`, or `fit` alone.
-        layers: `all`, or several; None for the located one.
+        layers: several; None for the located one.
+        all_layers: every layer.
         gate: `always`, or only in prompts that hold one of the target `subjects`, which no deployed
             eraser would know.
         rare: objects of fewer than `least` fit subjects are kept, dropped or merged into one.
@@ -96,7 +97,8 @@ class Eraser(ABC):
     position: str = "last_prompt"
     policy: str = "all_but_sink"
     fit_on: str = "target+fit"
-    layers: Any = None
+    layers: list[int] | None = None
+    all_layers: bool = False
     gate: str = "always"
     rare: str = "keep"
     least: int = 2
@@ -121,11 +123,11 @@ class Eraser(ABC):
             ("rare", Rare),
         ):
             check_choice(f"intervene.{name}", getattr(self, name), choices)
-        given = self.layers
-        if given is not None and given != "all" and (isinstance(given, str) or not list(given)):
+        if self.layers is not None and (self.all_layers or not self.layers):
             raise RequestError(
-                f"expected intervene.layers to be all, a list of layers or null, found {given!r}; "
-                "set intervene.layers=null for the located layer"
+                f"expected layers in intervene.layers or intervene.all_layers=true, found "
+                f"{self.layers} and {str(self.all_layers).lower()}; set intervene.layers=null for "
+                "the located layer"
             )
 
     @property
@@ -198,10 +200,8 @@ class Eraser(ABC):
         Raises:
             RequestError: the model has no such layer.
         """
-        if self.layers is None:
-            named: Sequence[int] = [site.layer]
-        else:
-            named = range(model.n_layers) if self.layers == "all" else self.layers
+        everywhere = self.all_layers or (self.in_turn and self.layers is None)
+        named = range(model.n_layers) if everywhere else self.layers or [site.layer]
         layers = sorted({model.check_layer(layer, "intervene.layers") for layer in named})
         return [Site(layer, self.part) for layer in layers]  # type: ignore[arg-type]
 

@@ -1,7 +1,6 @@
 """Concept scrubbing (Belrose et al. 2023, arXiv 2306.03819, section 6): LEACE at every layer."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from palimpsest.intervene.leace import Leace
 
@@ -12,10 +11,8 @@ class Scrub(Leace):
 
     What a layer's own eraser guarantees is then true of the states that it really meets. The
     paper scrubs the inputs of attention and MLP at every token; here it is the outputs of `part`,
-    on the tokens of `policy`.
+    on the tokens of `policy`, at every layer where none is named.
     """
-
-    layers: Any = "all"
 
     @property
     def in_turn(self) -> bool:

@@ -1,0 +1,73 @@
+"""Every eraser and every pair, from the command line to the rows."""
+
+from pathlib import Path
+
+import pytest
+
+from palimpsest.record.store import load_runs
+
+LAYER = "locate.layer=2"
+EXACT = {
+    "leace": ["intervene=leace", LAYER],
+    "several layers": ["intervene=leace", LAYER, "intervene.layers=[1,2]"],
+    "all layers": ["intervene=leace", LAYER, "intervene.all_layers=true"],
+    "gated": ["intervene=leace", LAYER, "intervene.gate=subjects"],
+    "merged": ["intervene=leace", LAYER, "intervene.rare=merge", "intervene.least=2"],
+    "leace_background": ["intervene=leace_background", LAYER, "intervene.text.tokens=400"],
+    "scrub": ["intervene=scrub", LAYER],
+    "leace_weights": ["intervene=leace_weights", LAYER],
+    "orth": ["intervene=orth", LAYER],
+}
+LOOSE = {
+    "inlp": ["intervene=inlp", LAYER],
+    "random_subspace": ["intervene=random_subspace", LAYER],
+}
+PAIRS = {
+    "erase_then_edit": ["intervene=erase_then_edit", LAYER, "intervene.first_layer=1"],
+    "edit_then_erase": ["intervene=edit_then_erase", LAYER, "intervene.then_layer=3"],
+    "batch": [
+        "intervene=erase_then_edit", LAYER, "intervene.first_layer=1", "protocol=batch",
+    ],
+}  # fmt: skip
+
+
+def run(call, few, words):
+    outcome = call("run", *few, *words)
+    assert outcome.code == 0, outcome.err
+    [found] = load_runs(Path("results/runs"))
+    return found
+
+
+def values(found, metric, protocol):
+    return [row.value for row in found.select(metric, protocol)]
+
+
+@pytest.mark.parametrize("name", EXACT | LOOSE)
+def test_an_eraser_is_fitted_and_measured(call, few, name):
+    found = run(call, few, (EXACT | LOOSE)[name])
+    rows = [row for row in found.rows if row.axis != "cost"]
+    assert {row.axis for row in rows} == {"downstream", "recoverability", "consistency"}
+    assert {row.scope for row in rows} == {"relation"}
+    residual = values(found, "residual_cross_covariance", "fit_sample")
+    if name in EXACT:
+        assert max(residual) < 1e-9
+    else:
+        assert min(residual) > 1e-3
+    marked = {("oracle_gate" in (row.note or "")) for row in rows}
+    assert marked == {name == "gated"}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_pair_is_fitted_and_measured(call, few, name):
+    words = PAIRS[name]
+    editor = "first" if words[0].endswith("edit_then_erase") else "then"
+    found = run(call, few, [*words, f"intervene.{editor}.moments.tokens=2000"])
+    assert max(values(found, "residual_cross_covariance", "fit_sample")) < 1e-9
+    assert len(values(found, "value_loss", "last_step")) == 6
+    assert max(values(found, "efficacy", "probability")) == 1.0
+
+
+def test_a_pair_without_a_layer_is_refused(call, few):
+    outcome = call("run", *few, "intervene=erase_then_edit", LAYER)
+    assert outcome.code == 2
+    assert "first_layer" in outcome.err
