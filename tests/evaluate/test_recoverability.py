@@ -14,7 +14,6 @@ from palimpsest.evaluate.asking import rotation
 from palimpsest.evaluate.probes import train
 from palimpsest.evaluate.recoverability import (
     POSITIONS,
-    UPSTREAM,
     Recoverability,
     embeddings,
 )
@@ -23,7 +22,7 @@ from palimpsest.facts.splits import Splits
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change, Position, Site
 from palimpsest.model.tokens import NOBODY, Tokens
-from palimpsest.record.row import Row
+from palimpsest.record.row import UPSTREAM, Row
 from tests.evaluate.toy import CLASSES, RELATION, make_splits
 from tests.model.tiny import make_handle
 

@@ -21,11 +21,9 @@ from palimpsest.model.forward import features, logits
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import EMBEDDING, Change, Position, Site
 from palimpsest.model.tokens import Tokens
-from palimpsest.record.row import Row
+from palimpsest.record.row import UPSTREAM, Row
 
 POSITIONS: tuple[Position, ...] = ("last_subject", "last_prompt")
-
-UPSTREAM = "unchanged by construction"
 
 NOT_FINITE = "the model's states are not finite"
 """Why nothing can be read off a ruined model."""
@@ -159,7 +157,7 @@ class Recoverability:
         coinciding = {fact.id for fact in asked if _coincide(model.encode(fact.prompt))}
         for relation in sorted({fact.relation for fact in facts.target}):
             rows = self._relation(row, model, facts, change, trained.get(relation), relation, seed)
-            yield from _labelled(rows, change, coinciding)
+            yield from labelled(rows, change, coinciding)
 
     def _relation(
         self,
@@ -308,7 +306,7 @@ def _place(row: partial[Row], where: _Where, split: str) -> partial[Row]:
     return partial(row, layer=layer, position=position, split=split)
 
 
-def _labelled(rows: Iterable[Row], change: Change, coinciding: Collection[str]) -> Iterator[Row]:
+def labelled(rows: Iterable[Row], change: Change, coinciding: Collection[str]) -> Iterator[Row]:
     """The rows, with a note where a value is read that the change cannot have reached.
 
     Args:

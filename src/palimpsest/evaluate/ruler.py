@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from palimpsest.evaluate.asking import withheld
+from palimpsest.evaluate.attacks import Attacks
 from palimpsest.evaluate.consistency import Consistency, Premises
 from palimpsest.evaluate.downstream import Downstream, ask_targets
 from palimpsest.evaluate.recoverability import Recoverability, Trained
@@ -41,11 +42,13 @@ class Ruler:
         downstream: what the model says.
         recoverability: what can be read off its states.
         consistency: whether it agrees with itself.
+        attacks: what an attacker finds among so many candidates.
     """
 
     downstream: Downstream = field(default_factory=Downstream)
     recoverability: Recoverability = field(default_factory=Recoverability)
     consistency: Consistency = field(default_factory=Consistency)
+    attacks: Attacks = field(default_factory=Attacks)
 
     def prepare(self, model: ModelHandle, facts: Splits, seed: int) -> Baseline:
         """Ask the unchanged model what the measurements are relative to."""
@@ -80,7 +83,10 @@ class Ruler:
         def recoverability() -> Iterator[Row]:
             yield from self.recoverability.measure(model, facts, change, trained, seed)
 
-        for section in (downstream, consistency, recoverability):
+        def attacks() -> Iterator[Row]:
+            yield from self.attacks.measure(model, facts, change, answers())
+
+        for section in (downstream, consistency, recoverability, attacks):
             yield section.__name__, (_marked(row, change) for row in section())
 
     def along(

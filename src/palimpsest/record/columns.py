@@ -5,14 +5,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from palimpsest.record.intervals import Estimate, estimate
+from palimpsest.record.recoverable import recoverable
 from palimpsest.record.row import Axis, Row
 from palimpsest.record.store import Run
 
 Direction = Literal["up", "down"] | None
 """Which way is better; None where neither is."""
-
-UPSTREAM = "unchanged by construction"
-"""In the note of a value read where the change cannot reach."""
 
 REFITTED = ("retrained", "adaptive")
 """Protocols of probes that were trained after the change, the preferred one first."""
@@ -45,11 +43,6 @@ class Column:
     read: Callable[[Run], Estimate]
     style: Literal["share", "number", "rank"] = "share"
     caution: str | None = None
-
-
-def is_upstream(row: Row) -> bool:
-    """Whether the row was read where the change cannot reach."""
-    return row.note is not None and UPSTREAM in row.note
 
 
 def rows_of(
@@ -99,7 +92,7 @@ def probe_refit(run: Run) -> Estimate:
 def probe_strongest(run: Run) -> Estimate:
     """The most accurate probe of any protocol at any layer that the change can reach."""
     rows = [row for row in _probes(run) if row.value is not None]
-    reached = [row for row in rows if not is_upstream(row)] or rows
+    reached = [row for row in rows if not row.upstream] or rows
     places: dict[tuple[str, int], list[Row]] = {}
     for row in reached:
         places.setdefault((row.protocol, -1 if row.layer is None else row.layer), []).append(row)
@@ -245,6 +238,17 @@ HEADLINE = (
         read=probe_strongest,
         caution="Layer and protocol were selected on the same facts, so the probe's accuracy is "
         "optimistic.",
+    ),
+    Column(
+        key="recoverability/recoverable/index",
+        axis="recoverability",
+        title="recoverable old",
+        short="rec",
+        meaning="chance-corrected success of the strongest of all attacks and probes, chosen on "
+        "other facts",
+        editor="down",
+        eraser="down",
+        read=recoverable,
     ),
     Column(
         key="recoverability/lens_rank_old/logit_lens",

@@ -223,7 +223,8 @@ test subjects, and what it says of other relations."""
 def _is_erasure(run: Run) -> bool:
     """Whether facts of a relation were erased at one site, by a method and no control."""
     scopes = {row.scope for row in run.rows if row.axis == "downstream"}
-    return scopes == {"relation"} and not run.run.get("imitates")
+    known = run.run.get("site") is not None and not run.run.get("imitates")
+    return known and scopes == {"relation"}
 
 
 def _key(run: Run) -> tuple[str, int]:

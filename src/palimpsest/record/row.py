@@ -9,6 +9,9 @@ Axis = Literal["downstream", "recoverability", "consistency", "localization", "c
 Scope = Literal["fact", "relation"]
 """Whether a change means the target facts alone, or all subjects of a relation."""
 
+UPSTREAM = "unchanged by construction"
+"""In the note of a value that was read where the change cannot reach."""
+
 SCHEMA_VERSION = 1
 """Version of the results schema; part of every run_id."""
 
@@ -51,3 +54,8 @@ class Row:
     step: int | None = None
     budget: int | None = None
     note: str | None = None
+
+    @property
+    def upstream(self) -> bool:
+        """Whether it was read where the change cannot reach."""
+        return self.note is not None and UPSTREAM in self.note

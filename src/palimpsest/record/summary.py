@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from palimpsest.record.columns import HEADLINE, is_upstream, last_step
+from palimpsest.record.columns import HEADLINE, last_step
 from palimpsest.record.intervals import Estimate, estimate
 from palimpsest.record.labels import labels
 from palimpsest.record.row import Row
@@ -99,9 +99,7 @@ def curve(rows: Sequence[Row]) -> list[Point]:
         if row.layer is not None:
             layers.setdefault(row.layer, []).append(row)
     points = [
-        Point(
-            layer, estimate(found), all(is_upstream(row) for row in found if row.value is not None)
-        )
+        Point(layer, estimate(found), all(row.upstream for row in found if row.value is not None))
         for layer, found in sorted(layers.items())
     ]
     return [point for point in points if point.estimate.value is not None]

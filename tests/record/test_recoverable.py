@@ -1,0 +1,112 @@
+"""The index: what the strongest attack finds beyond chance, chosen on other facts."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from palimpsest.record.recoverable import attacks, recoverable
+from palimpsest.record.row import UPSTREAM, Row
+from palimpsest.record.store import Run
+from tests.record.test_localization import written
+
+FACTS = [f"f{n:02}" for n in range(24)]
+Hits = Mapping[str, float]
+
+
+def attack(
+    protocol: str, hits: Hits, chance: float, layer: int | None = None, note: str | None = None
+) -> Iterator[Row]:
+    position = None if layer is None else "last_prompt"
+    for fact, hit in hits.items():
+        row = {
+            "scope": "fact", "axis": "recoverability", "split": "target", "fact_id": fact,
+            "relation": "r", "protocol": protocol, "layer": layer, "position": position,
+            "note": note,
+        }  # fmt: skip
+        for budget in (1, 20):
+            found = hit if budget == 20 else 0.0
+            yield Row(**row, metric="attack_success", budget=budget, value=found)
+            yield Row(**row, metric="attack_baseline", budget=budget, value=chance)
+
+
+def probe(hits: Hits, layer: int, note: str | None = None) -> Iterator[Row]:
+    for fact, hit in hits.items():
+        yield Row(
+            scope="fact", axis="recoverability", split="target", fact_id=fact, relation="r",
+            metric="probe_accuracy", protocol="frozen", layer=layer, position="last_prompt",
+            value=hit, note=note,
+        )  # fmt: skip
+    yield Row(
+        scope="fact", axis="recoverability", split="target", metric="probe_baseline",
+        protocol="majority", value=0.25, relation="r", n=len(hits),
+    )  # fmt: skip
+
+
+def run_of(directory: Path, *rows: Iterator[Row]) -> Run:
+    flat = {row: None for some in rows for row in some}
+    return written(directory, "run", list(flat), method="rome")
+
+
+def share(of: float) -> Hits:
+    """Hits for so many of the facts, spread."""
+    return {fact: float(n % 4 < of * 4) for n, fact in enumerate(FACTS)}
+
+
+def test_the_strongest_attack_counts_beyond_its_own_chance(tmp_path: Path) -> None:
+    found = recoverable(
+        run_of(
+            tmp_path,
+            attack("logit_lens", share(0.25), 0.0, layer=9),
+            attack("few_shot", share(0.75), 0.5),
+            attack("rephrasing", share(1.0), 1.0),  # finds whatever is asked for
+        )
+    )
+    assert found.value == pytest.approx((0.75 - 0.5) / (1 - 0.5))
+    assert (found.n, found.place) == (24, "few_shot")
+    assert found.low < found.value < found.high
+
+
+def test_probes_count_beyond_the_most_common_object(tmp_path: Path) -> None:
+    found = recoverable(run_of(tmp_path, probe(share(0.75), 6)))
+    assert found.value == pytest.approx((0.75 - 0.25) / 0.75)
+    assert found.place == "frozen, layer 6, last_prompt"
+
+
+def test_states_before_the_change_do_not_count(tmp_path: Path) -> None:
+    before = attack("logit_lens", share(1.0), 0.0, layer=1, note=UPSTREAM)
+    after = attack("logit_lens", share(0.5), 0.0, layer=9)
+    found = recoverable(run_of(tmp_path, before, after))
+    assert found.value == pytest.approx(0.5)
+
+
+def test_without_a_change_all_states_count(tmp_path: Path) -> None:
+    found = recoverable(
+        run_of(tmp_path, attack("logit_lens", share(1.0), 0.0, layer=1, note=UPSTREAM))
+    )
+    assert found.value == 1.0
+
+
+def test_a_maximum_over_many_attacks_on_noise_is_no_discovery(tmp_path: Path) -> None:
+    """Sixty attacks that hit by chance: the best on its own facts looks good, the index not."""
+    draws = np.random.default_rng(0).random((60, 24)) < 0.2
+    rows = [
+        attack("logit_lens", dict(zip(FACTS, map(float, hits), strict=True)), 0.2, layer=layer)
+        for layer, hits in enumerate(draws)
+    ]
+    run = run_of(tmp_path, *rows)
+    best = max(np.mean(list(each.success.values())) for each in attacks(run).values())
+    assert (best - 0.2) / 0.8 > 0.15
+    assert recoverable(run).value < 0.1
+
+
+def test_what_finds_less_than_chance_is_zero(tmp_path: Path) -> None:
+    found = recoverable(run_of(tmp_path, attack("logit_lens", share(0.0), 0.5, layer=9)))
+    assert (found.value, found.low, found.high) == (0.0, 0.0, 0.0)
+
+
+def test_without_attacks_or_facts_there_is_no_index(tmp_path: Path) -> None:
+    assert recoverable(run_of(tmp_path / "a")).note == "no attacks were measured"
+    few = attack("logit_lens", dict.fromkeys(FACTS[:4], 1.0), 0.0, layer=9)
+    assert recoverable(run_of(tmp_path / "b", few)).note == "fewer than 6 facts with a value"
