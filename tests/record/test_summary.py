@@ -76,27 +76,6 @@ def test_a_missing_probe_keeps_its_cause(write_run):
     assert (refit.value, refit.note) == (None, "undefined for independent edits")
 
 
-def test_the_strongest_probe_is_sought_where_the_change_can_reach(write_run):
-    run = write_run(
-        *probe("frozen", 1.0, 1.0, layer=3, note="unchanged by construction"),
-        *probe("frozen", 0.0, 1.0, layer=15),
-        *probe("frozen", 0.0, 0.0, layer=29),
-        *probe("adaptive", 0.0, 1.0, layer=29),
-    )
-    found = value(run, "recoverability/probe_accuracy/strongest")
-    assert (found.value, found.place) == (0.5, "frozen, layer 15")
-
-
-def test_the_unchanged_model_is_read_at_all_layers(write_run):
-    note = "unchanged by construction"
-    run = write_run(
-        *probe("frozen", 1.0, 1.0, layer=3, note=note),
-        *probe("frozen", 0.0, 1.0, layer=29, note=note),
-        method="none",
-    )
-    assert value(run, "recoverability/probe_accuracy/strongest").value == 1.0
-
-
 def test_lens_rank_is_a_median_over_facts(write_run):
     place = {"layer": 29, "position": "last_prompt"}
     lens = ("recoverability", "lens_rank_old", "logit_lens")

@@ -89,19 +89,6 @@ def probe_refit(run: Run) -> Estimate:
     return estimate([row for _, rows in named for row in rows], place=_at(layer))
 
 
-def probe_strongest(run: Run) -> Estimate:
-    """The most accurate probe of any protocol at any layer that the change can reach."""
-    rows = [row for row in _probes(run) if row.value is not None]
-    reached = [row for row in rows if not row.upstream] or rows
-    places: dict[tuple[str, int], list[Row]] = {}
-    for row in reached:
-        places.setdefault((row.protocol, -1 if row.layer is None else row.layer), []).append(row)
-    if not places:
-        return estimate(_probes(run))
-    (protocol, layer), best = max(places.items(), key=lambda item: estimate(item[1]).value or 0.0)
-    return estimate(best, place=f"{protocol}, {_at(layer)}")
-
-
 def old_rank(run: Run) -> Estimate:
     """Median rank of the old object under the logit lens at the deepest measured layer."""
     rows = rows_of("lens_rank_old", "logit_lens", position="last_prompt")(run)
@@ -228,18 +215,6 @@ HEADLINE = (
         read=probe_refit,
     ),
     Column(
-        key="recoverability/probe_accuracy/strongest",
-        axis="recoverability",
-        title="probe old (max)",
-        short="max",
-        meaning="the most accurate of these probes over all layers at or after the change",
-        editor="down",
-        eraser="down",
-        read=probe_strongest,
-        caution="Layer and protocol were selected on the same facts, so the probe's accuracy is "
-        "optimistic.",
-    ),
-    Column(
         key="recoverability/recoverable/index",
         axis="recoverability",
         title="recoverable old",
@@ -249,6 +224,8 @@ HEADLINE = (
         editor="down",
         eraser="down",
         read=recoverable,
+        caution="Names alone give much away: compare with a probe on bare input embeddings "
+        "(probe_baseline, embedding), which no change of weights reaches.",
     ),
     Column(
         key="recoverability/lens_rank_old/logit_lens",
