@@ -2,15 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from palimpsest.evaluate.asking import knows
 from palimpsest.evaluate.ruler import Ruler, portraits
 from palimpsest.facts.dataset import DataSet
 from palimpsest.facts.fact import FactSet
-from palimpsest.facts.splits import Splits, on_dev, split
+from palimpsest.facts.splits import Splits, on_dev
 from palimpsest.intervene.controls import NoChange
 from palimpsest.intervene.intervention import Method
 from palimpsest.locate.fixed import Fixed
@@ -19,10 +17,10 @@ from palimpsest.model.handle import ModelHandle
 from palimpsest.model.load import Pretrained
 from palimpsest.model.site import Site
 from palimpsest.record import provenance
-from palimpsest.record.provenance import Phase, Stopwatch
+from palimpsest.record.provenance import Phase
 from palimpsest.record.recording import Recording
 from palimpsest.record.store import RunStore
-from palimpsest.results import asked, described, recorded
+from palimpsest.results import Ground, asked, described, recorded
 
 
 @dataclass(frozen=True)
@@ -80,25 +78,16 @@ def run(experiment: Experiment, phase: Phase) -> tuple[Path, bool]:
     Raises:
         RequestError: the request was wrong.
     """
-    watch = Stopwatch()
-    timed = watch.timing(phase)
-    with timed("load"):
-        model = experiment.model.load()
-        facts = experiment.facts.load()
-
-    @cache
-    def splits() -> Splits:
-        with timed("split"):
-            return split(facts, experiment.facts, experiment.seed, partial(knows, model))
-
+    ground = Ground.of(experiment.model, experiment.facts, experiment.seed, phase)
+    model, timed = ground.model, ground.phase
     with timed("locate"):
-        located = experiment.located(model, splits)
-    record = _record(experiment, model, facts, located)
+        located = experiment.located(model, ground.split)
+    record = _record(experiment, model, ground.facts, located)
 
     def work(store: RunStore) -> None:
-        _work(experiment, model, splits(), located.site, store, timed)
+        _work(experiment, model, ground.split(), located.site, store, timed)
 
-    return recorded(experiment.recording, record, model, splits, watch, work)
+    return recorded(experiment.recording, record, model, ground.split, ground.watch, work)
 
 
 def _work(

@@ -1,18 +1,68 @@
 """What every experiment leaves behind: a directory that is opened, tracked and finished."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from palimpsest.evaluate.asking import knows
 from palimpsest.facts.dataset import DataSet
 from palimpsest.facts.fact import FactSet
-from palimpsest.facts.splits import Splits
+from palimpsest.facts.splits import Splits, split
 from palimpsest.files import check_writable
 from palimpsest.model.handle import ModelHandle
+from palimpsest.model.load import Pretrained
 from palimpsest.record import provenance
-from palimpsest.record.provenance import Stopwatch
+from palimpsest.record.provenance import Phase, Stopwatch
 from palimpsest.record.recording import Recording
 from palimpsest.record.store import RunStore, check_earlier, is_done
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What every experiment begins with: model and facts loaded, and a watch that runs.
+
+    Attributes:
+        model: the loaded model.
+        facts: every usable fact.
+        plan: how they are split.
+        seed: of the splits.
+        watch: of the phases.
+        phase: shows and times what is being done.
+    """
+
+    model: ModelHandle
+    facts: FactSet
+    plan: DataSet
+    seed: int
+    watch: Stopwatch
+    phase: Phase
+
+    @classmethod
+    def of(cls, model: Pretrained, plan: DataSet, seed: int, phase: Phase) -> "Ground":
+        """Load model and facts.
+
+        Raises:
+            RequestError: either cannot be loaded.
+        """
+        watch = Stopwatch()
+        timed = watch.timing(phase)
+        with timed("load"):
+            return cls(model.load(), plan.load(), plan, seed, watch, timed)
+
+    @cached_property
+    def _splits(self) -> Splits:
+        with self.phase("split"):
+            return split(self.facts, self.plan, self.seed, partial(knows, self.model))
+
+    def split(self) -> Splits:
+        """The facts, split, and filtered to what the model knows; once.
+
+        Raises:
+            RequestError: too few of them.
+        """
+        return self._splits
 
 
 def recorded(

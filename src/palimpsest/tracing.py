@@ -1,23 +1,22 @@
 """Causal tracing as an experiment of its own: facts, a model, a trace of each fact, a record."""
 
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from palimpsest.errors import RequestError
-from palimpsest.evaluate.asking import knows
 from palimpsest.facts.dataset import DataSet
 from palimpsest.facts.fact import Fact, FactSet
-from palimpsest.facts.splits import Splits, split
+from palimpsest.facts.splits import Splits
 from palimpsest.locate.tracing import Trace, Tracing
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.load import Pretrained
 from palimpsest.record import provenance
-from palimpsest.record.provenance import Phase, Stopwatch
+from palimpsest.record.provenance import Phase
 from palimpsest.record.recording import Recording
 from palimpsest.record.store import RunStore
-from palimpsest.results import asked, described, recorded
+from palimpsest.results import Ground, asked, described, recorded
 
 TRACED = ("target", "test", "dev", "others")
 """Splits of facts that the model knows."""
@@ -89,25 +88,20 @@ def trace(experiment: TraceExperiment, phase: Phase) -> tuple[Path, bool]:
     Raises:
         RequestError: the request was wrong.
     """
-    watch = Stopwatch()
-    timed = watch.timing(phase)
-    with timed("load"):
-        model = experiment.model.load()
-        facts = experiment.facts.load()
+    ground = Ground.of(experiment.model, experiment.facts, experiment.seed, phase)
+    model = ground.model
 
     @cache
     def splits() -> Splits:
-        with timed("split"):
-            found = split(facts, experiment.facts, experiment.seed, partial(knows, model))
-        experiment.check(model, found)
-        return found
+        experiment.check(model, ground.split())
+        return ground.split()
 
     def work(store: RunStore) -> None:
-        with timed("trace"):
+        with ground.phase("trace"):
             _work(experiment, model, experiment.traced(splits()), store)
 
-    record = _record(experiment, model, facts)
-    return recorded(experiment.recording, record, model, splits, watch, work)
+    record = _record(experiment, model, ground.facts)
+    return recorded(experiment.recording, record, model, splits, ground.watch, work)
 
 
 def _work(
