@@ -285,12 +285,12 @@ def test_hydra_s_own_directory_cannot_be_made(call, few):
     (
         "several relations for LEACE",
         "intervene=leace facts.relations=[]",
-        r"^expected the facts of one relation for LEACE, found 2 \(P103, P17.*\); choose one with",
+        r"^expected the facts of one relation for an eraser, found 2 \(P103, P17.*\); choose one with",
     ),
     (
         "one class for LEACE",
         "intervene=leace facts.fit=0 facts.limit=1",
-        r"^expected at least two classes .* for LEACE, found 1 over 1 facts; raise facts\.fit",
+        r"^expected at least two classes .* for an eraser, found 1 over 1 facts; raise facts\.fit",
     ),
     (
         "singular moments",
