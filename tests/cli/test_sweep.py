@@ -39,7 +39,8 @@ def composed(words):
 @each_sweep
 def test_a_sweep_file_names_itself_and_its_jobs_compose(file):
     configs = [composed(job) for job in grid(sweep_overrides(file))]
-    assert {config["record"]["sweep"] for config in configs} == {file.stem}
+    [name] = {config["record"]["sweep"] for config in configs}
+    assert file.stem.startswith(name)  # a file may add to the directory of another
     assert len({yaml.safe_dump(config) for config in configs}) == len(configs) > 1
 
 
