@@ -69,12 +69,12 @@ def test_second_moments_are_few_and_waited_for_once(call, words, tmp_path, monke
     words = [*words, "--methods", "rome,random_delta,rome_plain"]
     first = call(*words)
     assert waits(first) == [
-        f"{name}: second moments over 128 tokens are sampled from the model once, then cached"
+        f"{name}: second moments over 96 tokens are sampled from the model once, then cached"
         for name in ("rome", "random_delta")
     ]
     said = " ".join(first.out.split())
     for name, key in (("rome", "moments"), ("random_delta", "base.moments")):
-        assert f"{name}: second moments over 128 sampled tokens, to be quick; " in said
+        assert f"{name}: second moments over 96 sampled tokens, to be quick; " in said
         assert f"{name}:intervene.{key}.tokens=null takes a run's 640." in said
     assert "rome_plain: second moments" not in said
     assert waits(call(*words)) == []

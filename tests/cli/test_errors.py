@@ -285,7 +285,7 @@ def test_hydra_s_own_directory_cannot_be_made(call, few):
     (
         "several relations for LEACE",
         "intervene=leace facts.relations=[]",
-        r"^expected the facts of one relation for an eraser, found 2 \(P103, P17.*\); choose one with",
+        r"^expected the facts of one relation for an eraser, found 2 \(P103, P17.*\); choose",
     ),
     (
         "one class for LEACE",

@@ -16,6 +16,7 @@ from palimpsest.intervene.editor import NOT_FINITE
 from palimpsest.intervene.finetune import Completions
 from palimpsest.intervene.intervention import Intervention
 from palimpsest.intervene.moments import GivenMoments
+from palimpsest.intervene.objectives import Aim
 from palimpsest.intervene.values import ValueSearch
 from palimpsest.model.handle import ModelHandle
 from tests.intervene.conftest import TARGETS, relative
@@ -50,10 +51,10 @@ def make_diverge(patch: pytest.MonkeyPatch, victims: Sequence[Fact]) -> None:
             delta.grad[ill[0]] = torch.nan
         return found
 
-    def tuned(model: ModelHandle, facts: Sequence[Fact], layer: int) -> list[Completions]:
+    def tuned(model: ModelHandle, facts: Sequence[Fact], layer: int, aim: Aim) -> list[Completions]:
         factor = torch.nan if any(fact.id in names for fact in facts) else 1.0
-        found = completions(model, facts, layer)
-        return [replace(part, weight=part.weight * factor) for part in found]
+        found = completions(model, facts, layer, aim)
+        return [replace(part, length=part.length * factor) for part in found]
 
     patch.setattr(ValueSearch, "optimise", marked)
     patch.setattr(ValueSearch, "_loss", loss)
