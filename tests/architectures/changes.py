@@ -3,7 +3,7 @@
 import torch
 
 from palimpsest.intervene.deltas import WeightDeltas
-from palimpsest.intervene.erasers import Erasure
+from palimpsest.intervene.erasure import Erasure
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change, Part, Policy
 from tests.architectures.tiny import WIDTH

@@ -110,6 +110,11 @@ def test_all_of_a_run_s_second_moments(call, words, tmp_path, monkeypatch):
         ({}, ["locate.layer=9"], r"a layer from 0 to 3 for model, found 9; set locate\.layer"),
         ({}, ["locate.lyer=1"], r"found 'locate\.lyer'; did you mean 'locate\.layer'"),
         ({}, ["locate.layer"], r"expected KEY=VALUE after the prompt, found 'locate\.layer'"),
+        (
+            {},
+            ["--methods", "erase_then_edit", "erase_then_edit:intervene.first_layer=1"],
+            r"expected single methods, found erase_then_edit, .*leave it out of --methods",
+        ),
         ({}, ["intervene=rome"], r"expected methods in --methods, found 'intervene=rome'; write"),
         ({}, ["intervene.variant=plain"], r"METHOD:KEY=VALUE .* found 'intervene\.variant=plain'"),
         ({}, ["roem:locate.layer=1"], r"METHOD:KEY=VALUE .* found 'roem:.*; did you mean 'rome'"),

@@ -300,7 +300,7 @@ def test_hydra_s_own_directory_cannot_be_made(call, few):
     (
         "short text for moments",
         "intervene.moments.text=short.txt",
-        r"^expected at least \d+ tokens of text for second moments, found \d+ in short\.txt; give",
+        r"^expected at least \d+ tokens of text, found \d+ in short\.txt; give",
     ),
     (
         "line of a moments file",

@@ -12,7 +12,7 @@ import duckdb
 import pytest
 
 from palimpsest.intervene.deltas import WeightDeltas
-from palimpsest.intervene.erasers import Erasure
+from palimpsest.intervene.erasure import Erasure
 from palimpsest.intervene.intervention import Unchanged, load
 from palimpsest.record.store import COLUMNS, KEY, load_runs
 

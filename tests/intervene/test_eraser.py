@@ -157,3 +157,9 @@ def test_a_gated_erasure_comes_back_from_disk(double: ModelHandle, tmp_path: Pat
     again = load(tmp_path, KINDS)
     assert again.digest == gated.digest
     assert torch.equal(again.subjects, gated.subjects)
+
+
+def test_a_gate_that_nothing_opens_is_refused(double: ModelHandle) -> None:
+    nobody = replace(SAMPLE, target=(), fit=PLACES)
+    with pytest.raises(RequestError, match=r"open the gate, found none; set intervene.gate=always"):
+        Leace(gate="subjects").fit(double, nobody, SITE)

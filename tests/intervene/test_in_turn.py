@@ -7,7 +7,7 @@ import torch
 
 from palimpsest.errors import RequestError
 from palimpsest.intervene.eraser import states_of
-from palimpsest.intervene.erasers import Erasure
+from palimpsest.intervene.erasure import Erasure
 from palimpsest.intervene.in_turn import InTurn
 from palimpsest.intervene.leace import Leace
 from palimpsest.intervene.moments import GivenMoments

@@ -17,7 +17,7 @@ from palimpsest.facts.fact import Fact
 from palimpsest.facts.splits import Splits
 from palimpsest.intervene import leace
 from palimpsest.intervene.eraser import concept, relative_cross_covariance
-from palimpsest.intervene.erasers import Erasure
+from palimpsest.intervene.erasure import Erasure
 from palimpsest.intervene.leace import Leace, fit_leace
 from palimpsest.model.forward import forward
 from palimpsest.model.handle import ModelHandle

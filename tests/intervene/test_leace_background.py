@@ -7,7 +7,7 @@ from torch import Tensor
 from palimpsest.errors import RequestError
 from palimpsest.intervene.eraser import cross_covariance
 from palimpsest.intervene.leace_background import LeaceBackground, least_change, text_moments
-from palimpsest.intervene.moments import Moments
+from palimpsest.intervene.moments import RunningText
 from palimpsest.model.forward import capturing, forward
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site
@@ -16,7 +16,7 @@ from tests.intervene.concepts import LABELS, SAMPLE, assert_erased, states
 from tests.intervene.conftest import copy_of
 
 SITE = Site(2, "residual")
-TEXT = Moments(tokens=300, length=16)
+TEXT = RunningText(tokens=300, length=16)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from palimpsest.errors import RequestError
 from palimpsest.intervene.deltas import WeightDeltas
-from palimpsest.intervene.erasers import Erasure
+from palimpsest.intervene.erasure import Erasure
 from palimpsest.intervene.intervention import Intervention, Unchanged
 from palimpsest.intervene.prefixes import GivenPrefixes
 from palimpsest.intervene.rome import Rome

@@ -11,7 +11,7 @@ import torch
 from palimpsest.errors import RequestError
 from palimpsest.intervene.controls import NoChange
 from palimpsest.intervene.deltas import WeightDeltas
-from palimpsest.intervene.erasers import Erasure
+from palimpsest.intervene.erasure import Erasure
 from palimpsest.intervene.intervention import Intervention, Unchanged, load
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change, Site

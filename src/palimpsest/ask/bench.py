@@ -11,6 +11,7 @@ from palimpsest.ask.sampling import Sampled, sampled
 from palimpsest.errors import RequestError
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.facts.splits import Splits
+from palimpsest.intervene.in_turn import InTurn
 from palimpsest.intervene.intervention import Intervention, Method
 from palimpsest.locate.fixed import Fixed
 from palimpsest.locate.locator import Locator
@@ -29,11 +30,16 @@ class Entry:
     locate: Locator
 
     def __post_init__(self) -> None:
-        """Refuse what would choose a layer on dev facts: one question has none.
+        """Refuse what one question has no facts for: a layer chosen on dev facts, a pair.
 
         Raises:
-            RequestError: the locator is no fixed layer.
+            RequestError: the locator is no fixed layer, or the method is made of two.
         """
+        if isinstance(self.method, InTurn):
+            raise RequestError(
+                f"expected single methods, found {self.name}, whose parts are fitted on different "
+                f"facts; leave it out of --methods, and use palimpsest run intervene={self.name}"
+            )
         if not isinstance(self.locate, Fixed):
             raise RequestError(
                 f"expected locate=fixed for one fact asked, found {type(self.locate).__name__}, "

@@ -23,6 +23,7 @@ from palimpsest.facts.splits import Splits
 from palimpsest.model.forward import features, logits
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change, Site
+from palimpsest.model.tokens import Tokens
 from palimpsest.record.row import Row
 
 NO_THIRD = "the relation has no third object"
@@ -67,7 +68,7 @@ class Attacks:
             for fact, tokens in zip(facts.target, rows, strict=True)
             if tokens.at("last_subject") == tokens.at("last_prompt")
         }
-        yield from labelled(self._read_out(row, model, facts), change, coinciding)
+        yield from labelled(self._read_out(row, model, facts, rows), change, coinciding)
         for owner, fact in enumerate(facts.target):
             said = [answers[owner][prompt.id] for prompt in fact.paraphrases]
             yield from self._asked(partial(_of(row, fact), protocol="rephrasing"), fact, said)
@@ -75,9 +76,10 @@ class Attacks:
 
     # -- states -----------------------------------------------------------------------------------
 
-    def _read_out(self, row: partial[Row], model: ModelHandle, facts: Splits) -> Iterator[Row]:
+    def _read_out(
+        self, row: partial[Row], model: ModelHandle, facts: Splits, rows: Sequence[Tokens]
+    ) -> Iterator[Row]:
         """The logit lens, and what each block adds to the lens's probabilities."""
-        rows = [model.encode(fact.prompt, owner=i) for i, fact in enumerate(facts.target)]
         sites = [Site(layer) for layer in range(model.n_layers)]
         states = features(model, rows, sites, ["last_prompt"])[:, 0]
         aims = [_Aims.of(model, fact, facts.classes[fact.relation]) for fact in facts.target]

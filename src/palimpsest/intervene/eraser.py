@@ -20,7 +20,7 @@ from palimpsest.facts.fact import Fact
 from palimpsest.facts.splits import Splits
 from palimpsest.files import cached_tensors
 from palimpsest.intervene.composition import Composition, joined
-from palimpsest.intervene.erasers import Erasure
+from palimpsest.intervene.erasure import Erasure
 from palimpsest.intervene.intervention import Intervention
 from palimpsest.model.forward import features
 from palimpsest.model.handle import ModelHandle
@@ -208,8 +208,17 @@ class Eraser(ABC):
     def erasure(
         self, model: ModelHandle, facts: Splits, site: Site, affine: Affine, rows: Sequence[Row]
     ) -> Erasure:
-        """The map as an intervention."""
+        """The map as an intervention.
+
+        Raises:
+            RequestError: a gate, and no target fact to open it.
+        """
         gated = self.gate == "subjects"
+        if gated and not facts.target:
+            raise RequestError(
+                "expected target facts whose subjects open the gate, found none; set "
+                "intervene.gate=always"
+            )
         return Erasure(
             change=Change("relation", False, site.layer, site.part, self.policy, gated=gated),  # type: ignore[arg-type]
             model=model.fingerprint,

@@ -3,7 +3,7 @@
 from palimpsest.intervene.composition import Composition, History
 from palimpsest.intervene.deltas import BiasShift, WeightDeltas
 from palimpsest.intervene.dense import DenseDeltas
-from palimpsest.intervene.erasers import Erasure
+from palimpsest.intervene.erasure import Erasure
 from palimpsest.intervene.intervention import Intervention, Unchanged
 
 KINDS: tuple[type[Intervention], ...] = (

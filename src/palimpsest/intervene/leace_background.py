@@ -10,7 +10,7 @@ from palimpsest.errors import check_number
 from palimpsest.files import cached_tensors
 from palimpsest.intervene.eraser import Affine, Around, cross_covariance, orthonormal
 from palimpsest.intervene.leace import Leace, erased
-from palimpsest.intervene.moments import Moments
+from palimpsest.intervene.moments import RunningText
 from palimpsest.model.forward import capturing, run_to
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.memory import within_memory
@@ -39,7 +39,7 @@ class LeaceBackground(Leace):
     """
 
     share: float = 0.5
-    text: Any = field(default_factory=Moments)
+    text: Any = field(default_factory=RunningText)
 
     def __post_init__(self) -> None:
         """Check the share too.
@@ -90,7 +90,7 @@ def least_change(spread: Tensor, cross: Tensor, mean: Tensor, tolerance: float) 
     return Affine(basis @ (root[:, None] * removed), (removed / root[:, None]).T @ basis.T, mean)
 
 
-def text_moments(model: ModelHandle, site: Site, text: Moments) -> tuple[Tensor, Tensor]:
+def text_moments(model: ModelHandle, site: Site, text: RunningText) -> tuple[Tensor, Tensor]:
     """Mean `[d]` and mean of x xᵀ `[d, d]` of a text's states at a site, float64.
 
     Position 0 is left out unless the text's `sink` is set.

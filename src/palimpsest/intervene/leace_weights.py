@@ -8,7 +8,7 @@ from palimpsest.errors import RequestError
 from palimpsest.facts.splits import Splits
 from palimpsest.intervene.composition import Composition, joined
 from palimpsest.intervene.deltas import BiasShift, WeightDeltas
-from palimpsest.intervene.erasers import Erasure
+from palimpsest.intervene.erasure import Erasure
 from palimpsest.intervene.intervention import Intervention
 from palimpsest.intervene.leace import Leace
 from palimpsest.model.handle import ModelHandle

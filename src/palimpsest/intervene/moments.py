@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -43,8 +43,8 @@ class Second:
 
 
 @dataclass(frozen=True)
-class Moments:
-    """Second moments over text sampled from the model itself, or over a file.
+class RunningText:
+    """Text sampled from the model itself, or read from a file.
 
     Attributes:
         text: a text file, or JSONL of strings or of objects with the key `text`; None: sampled.
@@ -53,8 +53,6 @@ class Moments:
         sink: count position 0 too. It is an attention sink with activations hundreds of times
             larger.
         seed: of the sampled text.
-        layers: layers to be computed in the same pass, besides the one asked for; no part of a
-            run's identity.
     """
 
     text: str | None = None
@@ -62,7 +60,9 @@ class Moments:
     length: int = 128
     sink: bool = False
     seed: int = 0
-    layers: list[int] = field(default_factory=list, metadata={"identity": False})
+
+    where: ClassVar[str] = "intervene.text"
+    """The configuration's key, for messages."""
 
     def __post_init__(self) -> None:
         """Check the numbers, and that the text is there.
@@ -70,12 +70,93 @@ class Moments:
         Raises:
             RequestError: one is too small, the seed out of range, or no such file.
         """
-        check_seed("intervene.moments.seed", self.seed)
+        check_seed(f"{self.where}.seed", self.seed)
         if self.text is not None:
-            existing(Path(self.text))
-        check_at_least("intervene.moments.length", self.length, 2)
+            self._existing()
+        check_at_least(f"{self.where}.length", self.length, 2)
         if self.tokens is not None:
-            check_at_least("intervene.moments.tokens", self.tokens, 1)
+            check_at_least(f"{self.where}.tokens", self.tokens, 1)
+
+    def rows(self, model: ModelHandle) -> Tensor:
+        """Token ids `[rows, length]` of the text, each row opened by the model's prefix.
+
+        Raises:
+            RequestError: the text cannot be read or is too short.
+        """
+        start = start_ids(model)
+        fresh, count = self.length - len(start), self.count(model)
+        if self.text is None:
+            return self._sampled(model, count, fresh)
+        return self._read(model, self._existing(), start, count, fresh)
+
+    def count(self, model: ModelHandle) -> int:
+        """How many rows the wanted number of tokens fills.
+
+        Raises:
+            RequestError: the model's prefix fills a row.
+        """
+        wanted = self.tokens if self.tokens is not None else 10 * model.w_out(0).shape[1]
+        opening = len(start_ids(model))
+        check_at_least(f"{self.where}.length", self.length, opening + 1)
+        return -(-wanted // (self.length - opening))
+
+    def key(self, model: ModelHandle) -> dict[str, Any]:
+        """What the cache knows the text by."""
+        return {
+            "version": 3,
+            "model": model.state,
+            "prefix": model.prefix,
+            "text": None if self.text is None else sha256_file(self._existing()),
+            "tokens": self.tokens,
+            "length": self.length,
+            "sink": self.sink,
+            "seed": self.seed if self.text is None else None,
+        }
+
+    def _existing(self) -> Path:
+        path = Path(self.text or "")
+        if not path.is_file():
+            raise RequestError(
+                f"expected a text or JSONL file, found nothing at {path}; check {self.where}.text"
+            )
+        return path
+
+    def _sampled(self, model: ModelHandle, count: int, fresh: int) -> Tensor:
+        def make() -> dict[str, Tensor]:
+            return {"ids": sample(model, count, fresh, torch.Generator().manual_seed(self.seed))}
+
+        key = {**self.key(model), "rows": count}
+        return cached_tensors("text", key, make)["ids"]
+
+    def _read(
+        self, model: ModelHandle, path: Path, start: list[int], count: int, fresh: int
+    ) -> Tensor:
+        ids: list[int] = []
+        for text in read_texts(path):
+            ids.extend(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+            if len(ids) >= count * fresh:
+                break
+        if len(ids) < count * fresh:
+            raise RequestError(
+                f"expected at least {count * fresh} tokens of text, found {len(ids)} in {path}; "
+                f"give a longer text or lower {self.where}.tokens"
+            )
+        rows = torch.tensor(ids[: count * fresh]).view(count, fresh)
+        return torch.cat([torch.tensor([start] * count), rows], 1)
+
+
+@dataclass(frozen=True)
+class Moments(RunningText):
+    """Second moments over running text.
+
+    Attributes:
+        layers: layers to be computed in the same pass, besides the one asked for; no part of a
+            run's identity.
+    """
+
+    layers: list[int] = field(default_factory=list, metadata={"identity": False})
+
+    where: ClassVar[str] = "intervene.moments"
 
     def several(self, model: ModelHandle, layers: Sequence[int]) -> dict[int, Second]:
         """Second moments from the cache, or computed together with `self.layers` in one pass.
@@ -96,7 +177,7 @@ class Moments:
 
         for each in missing:
             model.check_layer(each, "intervene.moments.layers")
-        halved = self._count(model) > 1
+        halved = self.count(model) > 1
         while missing:
             for part in ("matrix", "half") if halved else ("matrix",):
                 load(missing[0], part)
@@ -125,59 +206,8 @@ class Moments:
             whole[layer].lerp_(half[layer], some / len(rows))
         return {layer: {"matrix": whole[layer], "half": half[layer]} for layer in layers}
 
-    def rows(self, model: ModelHandle) -> Tensor:
-        """Token ids `[rows, length]` of the text, each row opened by the model's prefix."""
-        start = start_ids(model)
-        fresh, count = self.length - len(start), self._count(model)
-        if self.text is None:
-            return self._sampled(model, count, fresh)
-        return self._read(model, Path(self.text), start, count, fresh)
-
-    def _count(self, model: ModelHandle) -> int:
-        """How many rows the wanted number of tokens fills."""
-        wanted = self.tokens if self.tokens is not None else 10 * model.w_out(0).shape[1]
-        opening = len(start_ids(model))
-        check_at_least("intervene.moments.length", self.length, opening + 1)
-        return -(-wanted // (self.length - opening))
-
-    def _sampled(self, model: ModelHandle, count: int, fresh: int) -> Tensor:
-        def make() -> dict[str, Tensor]:
-            return {"ids": sample(model, count, fresh, torch.Generator().manual_seed(self.seed))}
-
-        key = {**self.key(model), "rows": count}
-        return cached_tensors("text", key, make)["ids"]
-
-    def _read(
-        self, model: ModelHandle, path: Path, start: list[int], count: int, fresh: int
-    ) -> Tensor:
-        ids: list[int] = []
-        for text in read_texts(path):
-            ids.extend(model.tokenizer(text, add_special_tokens=False)["input_ids"])
-            if len(ids) >= count * fresh:
-                break
-        if len(ids) < count * fresh:
-            raise RequestError(
-                f"expected at least {count * fresh} tokens of text for second moments, found "
-                f"{len(ids)} in {path}; give a longer text or lower intervene.moments.tokens"
-            )
-        rows = torch.tensor(ids[: count * fresh]).view(count, fresh)
-        return torch.cat([torch.tensor([start] * count), rows], 1)
-
     def _part_key(self, model: ModelHandle, layer: int, part: str) -> dict[str, Any]:
         return {**self.key(model), "layer": layer, "part": part}
-
-    def key(self, model: ModelHandle) -> dict[str, Any]:
-        """What the cache knows the text by."""
-        return {
-            "version": 3,
-            "model": model.state,
-            "prefix": model.prefix,
-            "text": None if self.text is None else sha256_file(existing(Path(self.text))),
-            "tokens": self.tokens,
-            "length": self.length,
-            "sink": self.sink,
-            "seed": self.seed if self.text is None else None,
-        }
 
 
 @dataclass(frozen=True)
@@ -259,26 +289,13 @@ def _blocks(total: Tensor) -> Iterator[slice]:
     return (slice(first, min(first + size, width)) for first in range(0, width, size))
 
 
-def existing(path: Path) -> Path:
-    """`path` itself, if it is a file.
-
-    Raises:
-        RequestError: it is not.
-    """
-    if not path.is_file():
-        raise RequestError(
-            f"expected a text or JSONL file, found nothing at {path}; check intervene.moments.text"
-        )
-    return path
-
-
 def read_texts(path: Path) -> Iterator[str]:
     """The texts of a JSONL file (strings, or objects with the key `text`) or of a plain text file.
 
     Raises:
         RequestError: a line is no such JSON; the message gives its number.
     """
-    with reading(existing(path)), path.open(encoding="utf-8") as lines:
+    with reading(path), path.open(encoding="utf-8") as lines:
         if path.suffix != ".jsonl":
             yield lines.read()
             return
