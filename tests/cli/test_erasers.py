@@ -16,6 +16,7 @@ EXACT = {
     "leace_background": ["intervene=leace_background", LAYER, "intervene.text.tokens=400"],
     "scrub": ["intervene=scrub", LAYER],
     "leace_weights": ["intervene=leace_weights", LAYER],
+    "splince": ["intervene=splince", LAYER, "facts.others=4"],
     "orth": ["intervene=orth", LAYER],
 }
 LOOSE = {

@@ -200,7 +200,7 @@ def test_sizes() -> None:
     splits = split(make_set(), Plan(limit=8, others=7), 0, everything)
     assert splits.sizes["target"] == 8
     assert splits.sizes["others"] == 7
-    assert list(splits.sizes) == [*SPLITS, "others"]
+    assert list(splits.sizes) == [*SPLITS, "others", "kept"]
 
 
 def test_a_short_split_is_allowed_and_counted() -> None:
@@ -250,3 +250,12 @@ def test_prompts_mark_their_subject() -> None:
     assert Prompt.find("x", "nowhere", "Rome").span is None
     with pytest.raises(RequestError, match=r"exactly one '{}' .* found 2 in"):
         Prompt.fill("fit", "{} and {}", "Rome")
+
+
+def test_kept_facts_are_of_subjects_that_no_other_fact_asks_of() -> None:
+    splits = split(make_set(), Plan(others=7, fit=12), 0, everything)
+    assert len(splits.kept) == 12
+    assert {f.relation for f in splits.kept} == {"s", "t"}
+    assert not {f.subject for f in splits.kept} & {f.subject for f in splits.others}
+    more = split(make_set(), Plan(others=7, fit=20), 0, everything)
+    assert more.kept[:12] == splits.kept

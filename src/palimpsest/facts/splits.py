@@ -29,6 +29,8 @@ class Splits:
         probe: facts to train probes on; true labels only.
         dev: known facts for choices such as a layer.
         others: known facts of other relations.
+        kept: facts of other relations about subjects that `others` does not ask of, for a fit that
+            is to spare them; true labels only.
         classes: by relation, the distinct true objects of all its facts, sorted.
         counts: the data set's own counts, then for each split S: `S_dealt` (subjects that fell to
             it), `S_wanted` (the size asked for), where the model is asked `S_tried` (facts put to
@@ -42,13 +44,14 @@ class Splits:
     probe: tuple[Fact, ...]
     dev: tuple[Fact, ...]
     others: tuple[Fact, ...] = ()
+    kept: tuple[Fact, ...] = ()
     classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def sizes(self) -> dict[str, int]:
         """Number of facts by split."""
-        return {name: len(getattr(self, name)) for name in (*SPLITS, "others")}
+        return {name: len(getattr(self, name)) for name in (*SPLITS, "others", "kept")}
 
 
 def split(facts: FactSet, plan: DataSet, seed: int, known: Known) -> Splits:
@@ -80,7 +83,8 @@ def split(facts: FactSet, plan: DataSet, seed: int, known: Known) -> Splits:
     if not taken["target"]:
         raise _no_target(facts, counts)
     classes = {name: facts.objects(name) for name in sorted({f.relation for f in facts.facts})}
-    found = Splits(**taken, classes=classes, counts=counts)
+    kept = _rest(facts.others, taken["others"], plan.fit, seed)
+    found = Splits(**taken, kept=kept, classes=classes, counts=counts)
     return replace(found, target=_to_be_changed(found.target, found, plan, seed))
 
 
@@ -211,6 +215,12 @@ def _take(
         counts[f"{name}_known"] = sum(knows.answers.values())
     counts[f"{name}_taken"] = len(taken)
     return taken
+
+
+def _rest(pool: Sequence[Fact], taken: Sequence[Fact], size: int, seed: int) -> tuple[Fact, ...]:
+    """The first `size` facts of a pool about subjects of which nothing was taken."""
+    asked = {fact.subject for fact in taken}
+    return tuple(islice(order([f for f in pool if f.subject not in asked], seed), size))
 
 
 def _no_target(facts: FactSet, counts: Mapping[str, int]) -> RequestError:

@@ -7,7 +7,7 @@ float64.
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
@@ -150,6 +150,10 @@ class Eraser(ABC):
             around: the model and the site, for what else the map needs.
         """
 
+    def beside(self, affine: Affine, around: "Around") -> Iterable[Row]:
+        """What an eraser reports of a site besides what all do."""
+        return ()
+
     def fit(self, model: ModelHandle, facts: Splits, site: Site) -> Intervention:
         """Fit an erasure at every layer.
 
@@ -170,6 +174,7 @@ class Eraser(ABC):
                     around = Around(model, each, facts)
                     affine = self.map(states, self.shown(concept.labels), around)
                     rows = list(self.rows(concept, each, states, affine, facts.test, held_out))
+                    rows += self.beside(affine, around)
                     parts.append(self.erasure(model, facts, each, affine, rows))
                 if self.in_turn:
                     stack.enter_context(parts[-1].applied(model))

@@ -11,6 +11,7 @@ from palimpsest.files import cached_tensors
 from palimpsest.intervene.eraser import Affine, Around, cross_covariance, orthonormal
 from palimpsest.intervene.leace import Leace, erased
 from palimpsest.intervene.moments import RunningText
+from palimpsest.intervene.whitening import Whitening
 from palimpsest.model.forward import capturing, run_to
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.memory import within_memory
@@ -82,12 +83,9 @@ def least_change(spread: Tensor, cross: Tensor, mean: Tensor, tolerance: float) 
         mean: μ `[d]`.
         tolerance: of the singular values of W Σ_xz, in multiples of the largest.
     """
-    values, vectors = torch.linalg.eigh(spread)
-    present = values > values.max() * len(values) * torch.finfo(values.dtype).eps
-    root, basis = values[present].sqrt(), vectors[:, present]
-    whitened = (basis.T @ cross) / root[:, None]
-    removed = orthonormal(whitened, tolerance)
-    return Affine(basis @ (root[:, None] * removed), (removed / root[:, None]).T @ basis.T, mean)
+    whitening = Whitening.of(spread)
+    removed = orthonormal(whitening.white(cross), tolerance)
+    return whitening.affine(removed, removed, mean)
 
 
 def text_moments(model: ModelHandle, site: Site, text: RunningText) -> tuple[Tensor, Tensor]:

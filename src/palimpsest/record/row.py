@@ -23,8 +23,8 @@ class Row:
     Attributes:
         fact_id: the fact that the value belongs to; None when it is no single fact's.
         relation: relation id; None when the value spans relations.
-        split: `target`, `test`, `fit`, `probe`, `dev`, `others` (facts of other relations), or
-            None (held-out text, say).
+        split: `target`, `test`, `fit`, `probe`, `dev`, `others` and `kept` (facts of other
+            relations), or None (held-out text, say).
         scope: what the method changed: `fact` (its own facts) or `relation` (all subjects).
         axis: the panel that the metric belongs to.
         metric: the metric's name, e.g. `efficacy`.
