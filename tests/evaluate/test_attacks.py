@@ -12,6 +12,7 @@ from palimpsest.errors import RequestError
 from palimpsest.evaluate import attacks as module
 from palimpsest.evaluate.attacks import NO_THIRD, SAME_TOKEN, Attacks
 from palimpsest.evaluate.downstream import Answers, ask_targets
+from palimpsest.evaluate.tuned_lens import Translator
 from palimpsest.facts.fact import Fact
 from palimpsest.facts.splits import Splits
 from palimpsest.model.forward import Score, logits
@@ -34,10 +35,14 @@ def facts() -> Splits:
 
 
 def measure(
-    model: ModelHandle, facts: Splits, answers: Answers | None = None, change: Change = NONE
+    model: ModelHandle,
+    facts: Splits,
+    answers: Answers | None = None,
+    change: Change = NONE,
+    lenses: dict[int, Translator] | None = None,
 ) -> list[Row]:
     found = answers if answers is not None else ask_targets(model, facts)
-    return list(Attacks(stride=1).measure(model, facts, change, found))
+    return list(Attacks(stride=1).measure(model, facts, change, found, lenses or {}))
 
 
 def of(rows: Sequence[Row], metric: str, protocol: str, **equal: object) -> list[Row]:
@@ -116,7 +121,7 @@ def test_a_budget_is_a_rank(planted, model: ModelHandle, facts: Splits) -> None:
 
     module.logits, kept = above, module.logits
     try:
-        rows = list(real.measure(model, facts, NONE, ask_targets(model, facts)))
+        rows = list(real.measure(model, facts, NONE, ask_targets(model, facts), {}))
     finally:
         module.logits = kept
     for budget, hit in ((1, 0.0), (6, 0.0), (7, 1.0)):
@@ -174,6 +179,47 @@ def test_shared_first_tokens_say_nothing(model: ModelHandle, facts: Splits) -> N
     same = replace(facts, target=tuple(replace(f, new=f.true) for f in facts.target))
     rows = of(measure(model, same), "attack_success", "logit_lens")
     assert {(row.value, row.note) for row in rows} == {(None, SAME_TOKEN)}
+
+
+def test_a_translator_finds_what_the_logit_lens_does_not(model: ModelHandle) -> None:
+    """States are turned over: the secret is in them, and only the translator turns them back."""
+    facts = make_splits(("France", "Italy", "Japan"), dev=2)
+    wanted = [first(model, fact, fact.true) for fact in facts.target]
+    head = model.model.get_output_embeddings().weight.detach() * model.final_norm[0].weight
+    head = head - head.mean(0)
+    apart = head @ torch.linalg.inv(head.T @ head)  # directions in which few tokens are alike
+    turned = -torch.eye(model.width)
+    upside_down = {1: Translator(turned, torch.zeros(model.width), 0.0, 0.0)}
+
+    def secret(states: Tensor) -> Tensor | None:
+        assert model.running is not None
+        owner = model.running.owner.tolist()
+        loud = torch.stack([-apart[wanted[o]] / apart[wanted[o]].norm() for o in owner])
+        return (50 * loud).unsqueeze(1).expand_as(states)
+
+    with model.hooked([(model.blocks[1], secret)]):
+        rows = measure(model, facts, lenses=upside_down)
+    for protocol, least, most in (("tuned_lens", 0.8, 1.0), ("logit_lens", 0.0, 0.2)):
+        found = [r.value for r in of(rows, "attack_success", protocol, layer=1, budget=20)]
+        values = [value for value in found if value is not None]
+        assert values
+        assert least <= sum(values) / len(values) <= most
+    assert {row.layer for row in of(rows, "attack_success", "tuned_lens")} == {1}
+
+
+def test_the_identity_is_the_logit_lens(model: ModelHandle, facts: Splits) -> None:
+    same = Translator(torch.eye(model.width), torch.zeros(model.width), 0.0, 0.0)
+    rows = measure(model, facts, lenses={0: same, 2: same})
+    for metric in ("attack_success", "attack_baseline"):
+        for layer in (0, 2):
+            tuned, plain = (
+                [
+                    (r.fact_id, r.budget, r.value, r.note)
+                    for r in of(rows, metric, name, layer=layer)
+                ]
+                for name in ("tuned_lens", "logit_lens")
+            )
+            assert tuned == plain != []
 
 
 # -- prompts ---------------------------------------------------------------------------------------
@@ -253,7 +299,7 @@ def test_two_objects_have_no_baseline(model: ModelHandle) -> None:
 
 def test_no_budget_no_attack(model: ModelHandle, facts: Splits) -> None:
     none = Attacks(budgets=[])
-    assert list(none.measure(model, facts, NONE, ask_targets(model, facts))) == []
+    assert list(none.measure(model, facts, NONE, ask_targets(model, facts), {})) == []
 
 
 @pytest.mark.parametrize(

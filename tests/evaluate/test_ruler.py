@@ -50,7 +50,9 @@ def ruler(tmp_path: Path) -> Ruler:
     text = tmp_path / "text.txt"
     text.write_text("The capital of France is Paris; the capital of Italy is Rome. " * 6, "utf-8")
     return Ruler(
-        Downstream(text=str(text), row_tokens=32), Recoverability(stride=2, least=4, folds=3)
+        Downstream(text=str(text), row_tokens=32),
+        Recoverability(stride=2, least=4, folds=3),
+        lens=None,
     )
 
 

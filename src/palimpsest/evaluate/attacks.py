@@ -5,7 +5,7 @@ at most B candidates. Every attack is set beside the same attack on unrelated ob
 that a model says often is found by any attack.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import exp, isfinite
@@ -18,6 +18,7 @@ from palimpsest.errors import check_at_least
 from palimpsest.evaluate.asking import Answer, Query, ask, candidates
 from palimpsest.evaluate.downstream import Answers
 from palimpsest.evaluate.recoverability import NOT_FINITE, labelled
+from palimpsest.evaluate.tuned_lens import Translator
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.facts.splits import Splits
 from palimpsest.model.forward import features, logits
@@ -55,10 +56,27 @@ class Attacks:
         check_at_least("evaluate.attacks.stride", self.stride, 1)
         check_at_least("evaluate.attacks.shots", self.shots, 1)
 
+    def layers(self, model: ModelHandle) -> list[int]:
+        """The layers that are told of."""
+        return sorted({*range(0, model.n_layers, self.stride), model.n_layers - 1})
+
     def measure(
-        self, model: ModelHandle, facts: Splits, change: Change, answers: Answers
+        self,
+        model: ModelHandle,
+        facts: Splits,
+        change: Change,
+        answers: Answers,
+        lenses: Mapping[int, Translator],
     ) -> Iterator[Row]:
-        """Rows `attack_success` and `attack_baseline`; definitions stand in docs/metrics.md."""
+        """Rows `attack_success` and `attack_baseline`; definitions stand in docs/metrics.md.
+
+        Args:
+            model: as it stands, the change applied.
+            facts: all splits.
+            change: what the ruler may know of it.
+            answers: to the target facts' prompts.
+            lenses: translators of the unchanged model, by layer.
+        """
         if not self.budgets:
             return
         row = partial(Row, axis="recoverability", scope=change.scope, split="target")
@@ -68,7 +86,8 @@ class Attacks:
             for fact, tokens in zip(facts.target, rows, strict=True)
             if tokens.at("last_subject") == tokens.at("last_prompt")
         }
-        yield from labelled(self._read_out(row, model, facts, rows), change, coinciding)
+        read = self._read_out(row, model, facts, rows, lenses)
+        yield from labelled(read, change, coinciding)
         for owner, fact in enumerate(facts.target):
             said = [answers[owner][prompt.id] for prompt in fact.paraphrases]
             yield from self._asked(partial(_of(row, fact), protocol="rephrasing"), fact, said)
@@ -77,27 +96,35 @@ class Attacks:
     # -- states -----------------------------------------------------------------------------------
 
     def _read_out(
-        self, row: partial[Row], model: ModelHandle, facts: Splits, rows: Sequence[Tokens]
+        self,
+        row: partial[Row],
+        model: ModelHandle,
+        facts: Splits,
+        rows: Sequence[Tokens],
+        lenses: Mapping[int, Translator],
     ) -> Iterator[Row]:
-        """The logit lens, and what each block adds to the lens's probabilities."""
+        """The logit lens, what each block adds to its probabilities, and the tuned lens."""
         sites = [Site(layer) for layer in range(model.n_layers)]
         states = features(model, rows, sites, ["last_prompt"])[:, 0]
         aims = [_Aims.of(model, fact, facts.classes[fact.relation]) for fact in facts.target]
         before: Tensor | None = None
         for layer, found in enumerate(states):
-            with torch.no_grad():
-                state = found.to(model.device, model.model.dtype)
-                now = torch.softmax(logits(model, model.final_norm(state)), -1).cpu()
-            change = None if before is None else now - before
+            now = _read(model, found)
+            shown = {"logit_lens": now}
+            if before is not None:
+                shown["probability_delta"] = now - before
             before = now
-            if layer % self.stride and layer != model.n_layers - 1:
+            if layer not in self.layers(model):
                 continue
+            if layer in lenses:
+                shown["tuned_lens"] = _read(model, lenses[layer].of(found))
             for n, fact in enumerate(facts.target):
                 place = partial(_of(row, fact), layer=layer, position="last_prompt")
-                yield from self._hits(partial(place, protocol="logit_lens"), now[n], aims[n], False)
-                if change is not None:
-                    named = partial(place, protocol="probability_delta")
-                    yield from self._hits(named, change[n], aims[n], True)
+                for protocol, scores in shown.items():
+                    named = partial(place, protocol=protocol)
+                    yield from self._hits(
+                        named, scores[n], aims[n], protocol == "probability_delta"
+                    )
 
     def _hits(
         self, row: partial[Row], scores: Tensor, aims: "_Aims", both_ends: bool
@@ -167,6 +194,13 @@ class _Aims:
         old, new = first[fact.true], first.get(fact.new or "")
         rest = sorted({token for name, token in first.items() if token not in (old, new)})
         return cls(old, rest, SAME_TOKEN if old == new else None)
+
+
+@torch.no_grad()
+def _read(model: ModelHandle, states: Tensor) -> Tensor:
+    """Probabilities `[n, vocabulary]` that norm and head make of states `[n, d_model]`."""
+    moved = states.to(model.device, model.model.dtype)
+    return torch.softmax(logits(model, model.final_norm(moved)), -1).cpu()
 
 
 def _of(row: partial[Row], fact: Fact) -> partial[Row]:

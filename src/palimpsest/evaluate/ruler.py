@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from typing import Any
 
@@ -14,6 +14,7 @@ from palimpsest.evaluate.attacks import Attacks
 from palimpsest.evaluate.consistency import Consistency, Premises
 from palimpsest.evaluate.downstream import Downstream, ask_targets
 from palimpsest.evaluate.recoverability import Recoverability, Trained
+from palimpsest.evaluate.tuned_lens import Translator, TunedLens, lens_rows
 from palimpsest.facts.splits import Splits
 from palimpsest.model.forward import greedy, next_token_logprobs
 from palimpsest.model.handle import ModelHandle
@@ -28,10 +29,12 @@ class Baseline:
     Attributes:
         trained: frozen probes and their baselines, by relation.
         premises: which second hops the model answers.
+        lenses: translators of its states, by layer.
     """
 
     trained: Mapping[str, Trained]
     premises: Premises
+    lenses: Mapping[int, Translator]
 
 
 @dataclass(frozen=True)
@@ -43,18 +46,21 @@ class Ruler:
         recoverability: what can be read off its states.
         consistency: whether it agrees with itself.
         attacks: what an attacker finds among so many candidates.
+        lens: how the tuned lens is trained; None for none.
     """
 
     downstream: Downstream = field(default_factory=Downstream)
     recoverability: Recoverability = field(default_factory=Recoverability)
     consistency: Consistency = field(default_factory=Consistency)
     attacks: Attacks = field(default_factory=Attacks)
+    lens: TunedLens | None = field(default_factory=TunedLens)
 
     def prepare(self, model: ModelHandle, facts: Splits, seed: int) -> Baseline:
         """Ask the unchanged model what the measurements are relative to."""
         return Baseline(
             self.recoverability.prepare(model, facts, seed),
             self.consistency.prepare(model, facts),
+            {} if self.lens is None else self.lens.train(model, self.attacks.layers(model)),
         )
 
     def measure(
@@ -72,7 +78,7 @@ class Ruler:
     ) -> Iterator[tuple[str, Iterator[Row]]]:
         """The rows of `measure` by axis; an iterator that is not advanced computes nothing."""
         answers = cache(lambda: ask_targets(model, facts))
-        premises, trained = baseline.premises, baseline.trained
+        premises, trained, lenses = baseline.premises, baseline.trained, baseline.lenses
 
         def downstream() -> Iterator[Row]:
             yield from self.downstream.measure(model, facts, change, answers(), seed)
@@ -84,7 +90,8 @@ class Ruler:
             yield from self.recoverability.measure(model, facts, change, trained, seed)
 
         def attacks() -> Iterator[Row]:
-            yield from self.attacks.measure(model, facts, change, answers())
+            yield from lens_rows(partial(Row, axis="recoverability", scope=change.scope), lenses)
+            yield from self.attacks.measure(model, facts, change, answers(), lenses)
 
         for section in (downstream, consistency, recoverability, attacks):
             yield section.__name__, (_marked(row, change) for row in section())

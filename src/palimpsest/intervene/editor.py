@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from palimpsest.model.tokens import Tokens
 from palimpsest.record.row import Row
 
 Protocol = Literal["independent", "batch", "sequential"]
+
+E = TypeVar("E", bound=Intervention)
 
 NOT_FINITE = "the search came to no finite loss; the fact was left as it is"
 """Cause of a fact's missing values after a search that diverged."""
@@ -91,7 +93,10 @@ class Editor(ABC):
         """
         for fact in facts.target:
             self.check(fact)
-        editing = self.begin(model, site)
+        return self.carried_out(self.begin(model, site), model, facts)
+
+    def carried_out(self, editing: Editing, model: ModelHandle, facts: Splits) -> Intervention:
+        """The target facts' edits, by the protocol."""
         if self.protocol == "sequential":
             return one_after_another(editing, model, facts.target)
         edit = editing.edit(model, facts.target, self.protocol == "independent")
@@ -173,15 +178,16 @@ def sound(edit: Intervention, facts: Sequence[Fact]) -> Intervention:
     if not bad:
         return edit
     lost = [facts[place] for place in bad] if edit.change.independent else facts
-    return _silenced(edit, sorted(bad), {fact.id: OVERFLOWN for fact in lost})
+    return silenced(edit, sorted(bad), {fact.id: OVERFLOWN for fact in lost})
 
 
-def _silenced(edit: Intervention, places: list[int], causes: dict[str, str]) -> Intervention:
+def silenced(edit: E, places: list[int], causes: dict[str, str]) -> E:
+    """The edit with zeros at some places of every tensor, for the causes by fact id."""
     change = replace(edit.change, failed={**edit.change.failed, **causes})
     if isinstance(edit, Parts):
-        parts = tuple(_silenced(part, places, causes) for part in edit.parts)
+        parts = tuple(silenced(part, places, causes) for part in edit.parts)
         return replace(edit, change=change, parts=parts)
-    index = torch.tensor(places)
+    index = torch.tensor(places, dtype=torch.long)
     tensors: dict[str, Any] = {n: t.index_fill(0, index, 0.0) for n, t in edit.tensors().items()}
     return replace(edit, change=change, **tensors)
 

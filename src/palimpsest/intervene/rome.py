@@ -1,6 +1,7 @@
 """ROME, rank-one model editing (Meng et al. 2022, arXiv 2202.05262), as its public code has it."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
@@ -105,24 +106,49 @@ class _Rome(Editing):
             facts, values = surviving(facts, values)
         seen = see(model, facts, self.layer, self.contexts)
         key, right = self.method.equation(seen, values)
-        group = 1 if independent else 0
-
-        def response(inverse: Inverse | None) -> Tensor:
-            direction = key if inverse is None else inverse.apply(seen.key.mean(1))
-            found = unit_response(direction, key) if independent else dual(direction, key)
-            return found.unsqueeze(group)
-
-        left, half = self.whitener.solve(response)
         right[values.failed] = 0.0
-        right = right.unsqueeze(group)
-        return WeightDeltas(
-            change=Change("fact", independent, self.layer, "mlp", failed=failed),
-            model=model.fingerprint,
-            left=left.float(),
-            right=right.float(),
-            diagnostics=(
-                *rows,
-                *sink_rows(model, facts, self.layer, left.squeeze(group)),
-                *convergence_rows(facts, self.layer, left, half, right),
-            ),
-        )
+        change = Change("fact", independent, self.layer, "mlp", failed=failed)
+        edit = written(model, facts, change, seen, key, right, self.whitener)
+        return replace(edit, diagnostics=(*rows, *edit.diagnostics))
+
+
+def written(
+    model: ModelHandle,
+    facts: Sequence[Fact],
+    change: Change,
+    seen: Seen,
+    key: Tensor,
+    right: Tensor,
+    whitener: Whitener,
+) -> WeightDeltas:
+    """What adds `right` under `key`: `right uᵀ / (uᵀ k)`, or `R (Uᵀ K)⁻¹ Uᵀ` for all facts at once.
+
+    Args:
+        model: the model.
+        facts: whose it is.
+        change: where, and whether each fact has its own.
+        seen: the keys that the mean k̄ is taken of, u = C⁻¹ k̄.
+        key: k `[F, d_mlp]` float64.
+        right: `[F, d_model]` float64.
+        whitener: C⁻¹; without C, u = k.
+    """
+    assert change.layer is not None
+    group = 1 if change.independent else 0
+
+    def response(inverse: Inverse | None) -> Tensor:
+        direction = key if inverse is None else inverse.apply(seen.key.mean(1))
+        found = unit_response(direction, key) if change.independent else dual(direction, key)
+        return found.unsqueeze(group)
+
+    left, half = whitener.solve(response)
+    right = right.unsqueeze(group)
+    return WeightDeltas(
+        change=change,
+        model=model.fingerprint,
+        left=left.float(),
+        right=right.float(),
+        diagnostics=(
+            *sink_rows(model, facts, change.layer, left.squeeze(group)),
+            *convergence_rows(facts, change.layer, left, half, right),
+        ),
+    )

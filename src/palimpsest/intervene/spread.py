@@ -135,7 +135,7 @@ class Written(Editing):
         parts: list[WeightDeltas] = []
         with ExitStack() as carried:
             for number, layer in enumerate(self.layers):
-                residual = (wanted - _state(model, facts, site)) / (len(self.layers) - number)
+                residual = (wanted - state(model, facts, site)) / (len(self.layers) - number)
                 residual[values.failed] = 0.0
                 key = mean_key(see(model, facts, layer, self.contexts))
                 group = 1 if independent else 0
@@ -189,7 +189,7 @@ def mean_key(seen: Seen) -> Tensor:
 
 
 @torch.no_grad()
-def _state(model: ModelHandle, facts: Sequence[Fact], site: Site) -> Tensor:
+def state(model: ModelHandle, facts: Sequence[Fact], site: Site) -> Tensor:
     """H `[F, d_model]` float64 at the subjects in the bare prompts, in the model as it stands."""
     rows = [model.encode(fact.prompt, owner=owner) for owner, fact in enumerate(facts)]
     return features(model, rows, [site], ["last_subject"])[0, 0].double()

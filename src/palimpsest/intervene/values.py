@@ -6,6 +6,7 @@ depends on its own δ alone, and Adam works element by element, so every fact go
 go by itself.
 """
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -48,6 +49,23 @@ class Values:
 
 
 @dataclass(frozen=True)
+class Hold:
+    """What δ of one fact must be in some directions: it is `base` plus anything across `basis`.
+
+    Attributes:
+        base: `[d_model]` float32; the search begins there.
+        basis: `[d_model, r]` float32, orthonormal: the directions in which nothing is added.
+    """
+
+    base: Tensor
+    basis: Tensor
+
+    def across(self, step: Tensor) -> Tensor:
+        """The part of a vector `[d_model]` that is orthogonal to the basis."""
+        return step - self.basis @ (self.basis.T @ step)
+
+
+@dataclass(frozen=True)
 class ValueSearch:
     """Hyper-parameters of the search.
 
@@ -56,7 +74,7 @@ class ValueSearch:
         lr: Adam's learning rate.
         kl: weight of KL(p_new ‖ p_old) on "{subject} is a", read at the subject's last token.
         weight_decay: weight of ‖δ‖ / ‖v₀‖².
-        clamp: δ is projected to ‖δ‖ ≤ clamp · ‖v₀‖ after each step.
+        clamp: δ, or what is added to its base, is kept to clamp · ‖v₀‖ after each step.
         stop_below: a fact whose loss falls below this (nats) is left as it is; not so of `erase`,
             whose loss is a probability.
         objective: one of `objectives.Objective`; the loss of `erase` is a probability.
@@ -109,7 +127,12 @@ class ValueSearch:
         return Aim(self.objective, self.noise, self.seed)
 
     def find(
-        self, model: ModelHandle, facts: Sequence[Fact], site: Site, contexts: tuple[str, ...]
+        self,
+        model: ModelHandle,
+        facts: Sequence[Fact],
+        site: Site,
+        contexts: tuple[str, ...],
+        holds: Sequence[Hold] = (),
     ) -> Values:
         """v* of each fact, from the cache or optimised, as many facts at a time as fill a batch.
 
@@ -118,14 +141,24 @@ class ValueSearch:
             facts: facts that `check` passes.
             site: `mlp` for an output of W_out, `residual` for a block's.
             contexts: put before the prompts, besides the bare prompt.
+            holds: one for each fact, or none: δ is free.
         """
         some = max(1, model.batch_size // (len(contexts) + 2))
-        chunks = [facts[first : first + some] for first in range(0, len(facts), some)]
-        found = [self._found(model, chunk, site, contexts) for chunk in chunks]
+        chunks = [slice(first, first + some) for first in range(0, len(facts), some)]
+        found = [
+            self._found(model, facts[c], site, contexts, holds[c], c.start if model.changes else 0)
+            for c in chunks
+        ]
         return Values(**{name: torch.cat([each[name] for each in found]) for name in found[0]})
 
     def _found(
-        self, model: ModelHandle, facts: Sequence[Fact], site: Site, contexts: tuple[str, ...]
+        self,
+        model: ModelHandle,
+        facts: Sequence[Fact],
+        site: Site,
+        contexts: tuple[str, ...],
+        holds: Sequence[Hold],
+        first: int,
     ) -> dict[str, Tensor]:
         key = {
             "version": 4,
@@ -138,18 +171,32 @@ class ValueSearch:
             "site": [site.layer, site.part],
             "contexts": list(contexts),
             "facts": [[f.prompt.text, f.prompt.span, f.subject, f.true, f.new] for f in facts],
+            **({"holds": _digest(holds)} if holds else {}),
+            **({"first": first} if first else {}),
         }
-        search = within_memory(lambda model: self.optimise(model, facts, site, contexts))
+        search = within_memory(
+            lambda model: self.optimise(model, facts, site, contexts, holds, first)
+        )
         return cached_tensors("values", key, lambda: search(model))
 
     def optimise(
-        self, model: ModelHandle, facts: Sequence[Fact], site: Site, contexts: tuple[str, ...]
+        self,
+        model: ModelHandle,
+        facts: Sequence[Fact],
+        site: Site,
+        contexts: tuple[str, ...],
+        holds: Sequence[Hold] = (),
+        first: int = 0,
     ) -> dict[str, Tensor]:
-        """`find` without the cache: `start`, `delta` and `loss` by name."""
-        bare = [model.encode(fact.prompt, owner=i) for i, fact in enumerate(facts)]
+        """`find` without the cache: `start`, `delta` and `loss` by name.
+
+        `first` is the number of the first fact, by which a change that the model carries knows it.
+        """
+        bare = [model.encode(fact.prompt, owner=i) for i, fact in enumerate(facts, first)]
         start = _outputs(model, bare, site)
-        parts = self._parts(model, facts, site, contexts)
-        delta = torch.zeros_like(start, requires_grad=True)
+        parts = self._parts(model, facts, site, contexts, first)
+        base = _bases(holds).to(start) if holds else torch.zeros_like(start)
+        delta = base.clone().requires_grad_()
         adam = torch.optim.Adam([delta], lr=self.lr)
         limit = self.clamp * start.norm(dim=1, keepdim=True)
         enough = -torch.inf if self.aim.lowered else self.stop_below
@@ -163,22 +210,30 @@ class ValueSearch:
             before = delta.detach().clone()
             adam.step()
             with torch.no_grad():
-                shrink = (limit / delta.norm(dim=1, keepdim=True)).clamp(max=1.0)
-                delta.copy_(torch.where(going[:, None], delta * shrink, before))
+                added = delta - base
+                shrink = (limit / added.norm(dim=1, keepdim=True)).clamp(max=1.0)
+                kept = base + _across(holds, added * shrink)
+                delta.copy_(torch.where(going[:, None], kept, before))
         found = torch.where(loss.isfinite()[:, None], delta.detach(), 0.0)
         return {"start": start.cpu(), "delta": found.cpu(), "loss": loss.cpu()}
 
     def _parts(
-        self, model: ModelHandle, facts: Sequence[Fact], site: Site, contexts: tuple[str, ...]
+        self,
+        model: ModelHandle,
+        facts: Sequence[Fact],
+        site: Site,
+        contexts: tuple[str, ...],
+        first: int,
     ) -> list["_Part"]:
         """What the loss is made of: the objective's prompts, and the subjects' essence."""
-        wanted = self.aim.wanted(model, facts)
-        targets, essences = _targets(model, facts, wanted, contexts), _essences(model, facts)
+        wanted, count = self.aim.wanted(model, facts), len(contexts) + 1
+        targets = _targets(model, facts, wanted, contexts, first)
+        essences = _essences(model, facts, first)
         if self.objective != "force":
-            return list(_captured(model, [*targets, *essences], site, len(contexts) + 1))
+            return list(_captured(model, [*targets, *essences], site, count, first))
         with self.aim.forced(model, facts):
-            forced = list(_captured(model, targets, site, len(contexts) + 1))
-        return [*forced, *_captured(model, essences, site, 1)]
+            forced = list(_captured(model, targets, site, count, first))
+        return [*forced, *_captured(model, essences, site, 1, first)]
 
     def _loss(
         self, model: ModelHandle, parts: Sequence["_Part"], delta: Tensor, start: Tensor
@@ -203,6 +258,7 @@ class _Part:
 
     Attributes:
         resume: the resumed pass.
+        fact: `[n]` each row's fact, counted from 0.
         site: where δ is added.
         row: `[m]` the row of each token of an object.
         column: `[m]` the column that it is predicted at.
@@ -214,6 +270,7 @@ class _Part:
     """
 
     resume: Resume
+    fact: Tensor
     site: Site
     row: Tensor
     column: Tensor
@@ -237,19 +294,41 @@ class _Part:
         divergence = (essences.exp() * (essences - self.reference)).sum(-1)
         by_row = wanted * (self.length > 0) / self.count
         by_row = by_row.index_add(0, self.essence, kl * divergence)
-        return torch.zeros_like(delta[:, 0]).index_add(0, self.resume.batch.owner, by_row)
+        return torch.zeros_like(delta[:, 0]).index_add(0, self.fact, by_row)
 
     def _logprobs(self, model: ModelHandle, delta: Tensor) -> Tensor:
         """Log-probabilities `[m + e, vocabulary]` at the places, δ added at the subjects."""
 
         def add(value: Tensor) -> Tensor:
-            first = value[:, :1] + delta[self.resume.batch.owner].unsqueeze(1).to(value)
+            first = value[:, :1] + delta[self.fact].unsqueeze(1).to(value)
             return torch.cat([first, value[:, 1:]], 1)
 
         with model.hooked([(model.module(self.site), add)]):
             states = self.resume.run(model)
         read = torch.cat([states[self.row, self.column], states[self.essence, 0]])
         return torch.log_softmax(logits(model, read), -1)
+
+
+def _bases(holds: Sequence[Hold]) -> Tensor:
+    return torch.stack([hold.base for hold in holds])
+
+
+def _across(holds: Sequence[Hold], steps: Tensor) -> Tensor:
+    """Steps `[F, d_model]`, each across its fact's hold; as they are where there is none."""
+    if not holds:
+        return steps
+    return torch.stack(
+        [hold.across(step) for hold, step in zip(holds, steps.cpu(), strict=True)]
+    ).to(steps)
+
+
+def _digest(holds: Sequence[Hold]) -> str:
+    """What the cache knows holds by."""
+    hashed = hashlib.sha256()
+    for tensor in (t for hold in holds for t in (hold.base, hold.basis)):
+        hashed.update(f"{tuple(tensor.shape)};".encode())
+        hashed.update(tensor.contiguous().numpy().data)
+    return hashed.hexdigest()
 
 
 def _outputs(model: ModelHandle, bare: Sequence[Tokens], site: Site) -> Tensor:
@@ -264,33 +343,35 @@ def _targets(
     facts: Sequence[Fact],
     wanted: Sequence[str | tuple[int, ...]],
     contexts: tuple[str, ...],
+    first: int,
 ) -> list[Tokens]:
     return [
-        followed(model, prompt, wanted[owner], owner)
-        for owner, fact in enumerate(facts)
+        followed(model, prompt, wanted[owner - first], owner)
+        for owner, fact in enumerate(facts, first)
         for prompt in in_contexts(fact, contexts)
     ]
 
 
-def _essences(model: ModelHandle, facts: Sequence[Fact]) -> list[Tokens]:
+def _essences(model: ModelHandle, facts: Sequence[Fact], first: int) -> list[Tokens]:
     return [
         model.encode(Prompt.fill("essence", "{} is a", fact.subject), owner=owner)
-        for owner, fact in enumerate(facts)
+        for owner, fact in enumerate(facts, first)
     ]
 
 
 def _captured(
-    model: ModelHandle, rows: Sequence[Tokens], site: Site, count: int
+    model: ModelHandle, rows: Sequence[Tokens], site: Site, count: int, first: int
 ) -> Iterator[_Part]:
     """Groups of rows whose subjects end at like places, each run once up to there."""
     order = sorted(
         range(len(rows)), key=lambda i: (rows[i].at("last_subject"), len(rows[i].ids), i)
     )
-    for first in range(0, len(order), model.batch_size):
-        yield _part(model, [rows[i] for i in order[first : first + model.batch_size]], site, count)
+    for start in range(0, len(order), model.batch_size):
+        some = [rows[i] for i in order[start : start + model.batch_size]]
+        yield _part(model, some, site, count, first)
 
 
-def _part(model: ModelHandle, group: Sequence[Tokens], site: Site, count: int) -> _Part:
+def _part(model: ModelHandle, group: Sequence[Tokens], site: Site, count: int, first: int) -> _Part:
     device = model.device
     starts = torch.tensor([row.at("last_subject") for row in group], device=device)
     runs = [replace(row, ids=row.ids[: _last_read(row) + 1]) for row in group]
@@ -305,7 +386,8 @@ def _part(model: ModelHandle, group: Sequence[Tokens], site: Site, count: int) -
     essence = (length == 0).nonzero()[:, 0]
     with torch.no_grad():
         reference = torch.log_softmax(logits(model, resume.run(model)[essence, 0]), -1)
-    return _Part(resume, site, row, column, token, length, count, essence, reference)
+    fact = resume.batch.owner - first
+    return _Part(resume, fact, site, row, column, token, length, count, essence, reference)
 
 
 def _last_read(row: Tokens) -> int:
