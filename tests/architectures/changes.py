@@ -2,10 +2,10 @@
 
 import torch
 
-from palimpsest.intervene.deltas import WeightDeltas
+from palimpsest.intervene.deltas import ReaderDeltas, WeightDeltas
 from palimpsest.intervene.erasure import Erasure
 from palimpsest.model.handle import ModelHandle
-from palimpsest.model.site import Change, Part, Policy
+from palimpsest.model.site import Change, Part, Policy, Site
 from tests.architectures.tiny import WIDTH
 
 LAYER = 2
@@ -31,4 +31,20 @@ def make_eraser(handle: ModelHandle, part: Part, policy: Policy) -> Erasure:
         proj_left=basis,
         proj_right=basis.T,
         bias=torch.randn(WIDTH, generator=generator).double(),
+    )
+
+
+def make_folded(handle: ModelHandle, eraser: Erasure) -> ReaderDeltas:
+    """An eraser at a norm's output in its readers' weights, and in the biases that they have."""
+    layer, part = eraser.change.layer, eraser.change.part
+    assert layer is not None
+    readers = handle.readers(Site(layer, part))
+    left, shift = eraser.proj_left, eraser.proj_left @ (eraser.proj_right @ eraser.bias)
+    moved = [weight.double() @ shift for weight, bias in readers if bias is not None]
+    return ReaderDeltas(
+        change=Change("relation", False, layer, part),
+        model=handle.fingerprint,
+        left=torch.cat([-weight.double() @ left for weight, _ in readers]),
+        right=eraser.proj_right,
+        shift=torch.cat(moved) if moved else shift[:0],
     )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from palimpsest.errors import RequestError
 from palimpsest.model.architecture import TABLE
 from palimpsest.model.forward import (
     capturing,
@@ -19,9 +20,9 @@ from palimpsest.model.forward import (
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.partial import Resume
 from palimpsest.model.sample import sample
-from palimpsest.model.site import EMBEDDING, Part, Policy, Site
+from palimpsest.model.site import EMBEDDING, NORMS, Part, Policy, Site
 from palimpsest.model.tokens import NOBODY, Batch, Tokens
-from tests.architectures.changes import LAYER, make_deltas, make_eraser
+from tests.architectures.changes import LAYER, make_deltas, make_eraser, make_folded
 from tests.architectures.tiny import (
     D_MLP,
     LAYERS,
@@ -36,6 +37,8 @@ from tests.architectures.tiny import (
 
 PARTS: tuple[Part, ...] = ("residual", "mlp", "attention")
 SQUARE = [name for name, tiny in TINY.items() if tiny.d_mlp is not None]
+NORMED = [(name, part) for name, tiny in TINY.items() if tiny.norms for part in NORMS]
+SITES = [(name, part) for name in TINY for part in PARTS] + NORMED
 ADDING = [name for name, tiny in TINY.items() if tiny.adds]
 
 
@@ -102,6 +105,70 @@ def test_states_and_logits_are_those_of_transformers(handle: ModelHandle) -> Non
             assert close(logits(handle, last), output.logits[0, place])
 
 
+# -- norms -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "part"), NORMED)
+@torch.no_grad()
+def test_readers_take_what_the_norm_gives(name: str, handle: ModelHandle, part: Part) -> None:
+    site = Site(LAYER, part)
+    both = [Site(LAYER, each) for each in NORMS]
+    assert (handle.module(both[0]) is handle.module(both[1])) == TINY[name].shared_norm
+    assert (handle.reading(both[0]) == handle.reading(both[1])) == TINY[name].shared_norm
+    readings: list[Tensor] = []
+    batch = padded(ragged(), "right")
+    hooks = [(module, readings.append) for module in handle.reading(site)]
+    with capturing(handle, [site]) as states, handle.hooked(hooks):  # type: ignore[arg-type]
+        forward(handle, batch)
+    assert len(readings) == len(hooks) > 0
+    for found, (weight, bias) in zip(readings, handle.readers(site), strict=True):
+        assert close(found, states[site] @ weight.T + (0 if bias is None else bias))
+
+
+@pytest.mark.parametrize(("name", "part"), NORMED)
+@torch.no_grad()
+def test_its_readers_are_all_that_a_norm_gives_to(
+    handle: ModelHandle, part: Part, batch: Batch
+) -> None:
+    """Erased in their weights is erased by a hook; undone, it is the model bit for bit."""
+    eraser = make_eraser(handle, part, "all")
+    if any(bias is None for _, bias in handle.readers(Site(LAYER, part))):
+        eraser = replace(eraser, bias=torch.zeros_like(eraser.bias))
+    before = {name: tensor.clone() for name, tensor in handle.model.state_dict().items()}
+    plain = forward(handle, batch)
+    with eraser.applied(handle):
+        wanted = forward(handle, batch)
+    with make_folded(handle, eraser).applied(handle):
+        found = forward(handle, batch)
+        during = {name: tensor.clone() for name, tensor in handle.model.state_dict().items()}
+    assert close(found, wanted)
+    assert not close(found, plain, 0.01)
+    own = {module: name for name, module in handle.model.named_modules()}
+    weights = {f"{own[module]}.weight" for module in handle.reading(Site(LAYER, part))}
+    assert {name for name in differing(during, before) if name.endswith("weight")} == weights
+    assert differing(handle.model.state_dict(), before) == set()
+    assert torch.equal(forward(handle, batch), plain)
+
+
+@pytest.mark.parametrize("part", NORMS)
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("opt-350m", "do_layer_norm_before", False),
+        ("bloom", "apply_residual_connection_post_layernorm", True),
+    ],
+)
+def test_norms_that_stand_elsewhere_are_refused(
+    name: str, option: str, value: bool, part: Part
+) -> None:
+    handle = make_handle(name, **{option: value})
+    told = rf"expected norms .* for a change at {part}, found {option}={value} in {name}'s conf.*"
+    for asked in (handle.module, handle.reading, handle.readers):
+        with pytest.raises(RequestError, match=told + r"take intervene\.part=residual"):
+            asked(Site(LAYER, part))
+    handle.module(Site(LAYER, "attention"))
+
+
 # -- batches ---------------------------------------------------------------------------------------
 
 
@@ -136,12 +203,13 @@ def test_a_continuation_with_a_cache_is_one_without(handle: ModelHandle, policy:
 # -- changes ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(("name", "part"), SITES)
 @torch.no_grad()
 def test_a_hook_changes_its_site_and_only_what_follows_from_it(
-    handle: ModelHandle, batch: Batch, part: Part
+    name: str, handle: ModelHandle, batch: Batch, part: Part
 ) -> None:
     row, place = 0, 5
+    attended = part == "attention_norm" or (part == "mlp_norm" and TINY[name].shared_norm)
     column = place + int(batch.mask[row].argmax())
     shapes: list[tuple[int, ...]] = []
 
@@ -164,7 +232,7 @@ def test_a_hook_changes_its_site_and_only_what_follows_from_it(
         assert not torch.cat(moved).any()
         if site.layer < LAYER:
             assert places == []
-        elif site.layer == LAYER:
+        elif site.layer == LAYER and not attended:
             assert places == [place]
         else:
             assert places == list(range(place, 9))
@@ -212,7 +280,7 @@ def differing(some: dict[str, Tensor], others: dict[str, Tensor]) -> set[str]:
     return {name for name in others if not torch.equal(some[name], others[name])}
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(("name", "part"), SITES)
 @torch.no_grad()
 def test_an_eraser_acts_at_its_site_on_the_tokens_of_its_policy(
     handle: ModelHandle, batch: Batch, part: Part

@@ -10,14 +10,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from palimpsest.errors import RequestError
+from palimpsest.intervene.deltas import BiasShift
+from palimpsest.intervene.intervention import Intervention
 from palimpsest.model.forward import forward, logits
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.load import Pretrained
 from palimpsest.model.partial import Resume
-from palimpsest.model.site import Site
+from palimpsest.model.site import NORMS, Change, Site
 from palimpsest.model.tokens import Batch
-from tests.architectures.changes import LAYER, make_deltas, make_eraser
-from tests.architectures.tiny import WIDTH, close, make_handle, make_model, padded, ragged
+from tests.architectures.changes import LAYER, make_deltas, make_eraser, make_folded
+from tests.architectures.tiny import TINY, WIDTH, close, make_handle, make_model, padded, ragged
 
 Checkpoint = Callable[[str], Path]
 
@@ -107,6 +109,7 @@ def test_offloaded_weights_are_read_changed_and_restored(
         make_deltas(handle, len(ragged()), independent=True),
         make_deltas(handle, 1, independent=False),
         make_eraser(handle, "attention", "all_but_sink"),
+        *in_place(name, handle),
     ):
         with change.applied(handle), change.applied(away):
             changed = forward(handle, batch)
@@ -114,6 +117,17 @@ def test_offloaded_weights_are_read_changed_and_restored(
         assert not close(changed, plain)
         assert torch.equal(forward(away, batch), plain)
     assert torch.equal(away.w_out(LAYER), handle.w_out(LAYER))
+
+
+def in_place(name: str, handle: ModelHandle) -> list[Intervention]:
+    """Changes of biases, and of what reads norms."""
+    found: list[Intervention] = []
+    if TINY[name].norms:
+        found += [make_folded(handle, make_eraser(handle, part, "all")) for part in NORMS]
+    if getattr(handle.module(Site(LAYER, "mlp")), "bias", None) is not None:
+        change, shift = Change("relation", False, LAYER), torch.linspace(-1, 1, WIDTH)
+        found.append(BiasShift(change=change, model=handle.fingerprint, shift=shift))
+    return found
 
 
 def test_partial_passes_run_on_offloaded_weights(name: str, checkpoint: Checkpoint) -> None:

@@ -24,7 +24,10 @@ def test_an_unknown_architecture_is_answered_with_its_modules_and_the_remedy() -
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("field", ["decoder", "blocks", "attention", "w_out", "final_norm"])
+@pytest.mark.parametrize(
+    "field",
+    ["decoder", "blocks", "attention", "attention_norm", "mlp_norm", "w_out", "final_norm"],
+)
 def test_a_row_that_names_no_module_is_answered_with_the_modules(
     field: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -41,3 +44,32 @@ def test_a_row_that_names_the_wrong_matrix_is_answered_with_its_shape(
     monkeypatch.setitem(architecture.TABLE, "llama", row)
     with pytest.raises(RequestError, match=r"W_out of layer 0 to write 32 features, .*\(48, 32\)"):
         ModelHandle(make_model("llama"), tokenizer(), "wrong")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        (
+            "llama",
+            {"mlp_norm": "mlp.down_proj"},
+            r"mlp_norm of layer 0 to give 32 features, found shape \(32, 48\); mend the row",
+        ),
+        (
+            "llama",
+            {"mlp_readers": ("mlp.gate_proj", "mlp.down_proj")},
+            r"mlp\.down_proj of layer 0 to read 32 features, found shape \(32, 48\) \(out, in\); m",
+        ),
+        (
+            "gpt2",
+            {"attention_readers": ("mlp.c_proj",)},
+            r"mlp\.c_proj of layer 0 to read 32 features, found shape \(32, 48\) \(out, in\); m",
+        ),
+        ("llama", {"attention_readers": ("q",)}, r"expected a module 'q' in LlamaDecoderLayer"),
+    ],
+)
+def test_a_row_that_names_the_wrong_norm_or_reader_is_answered(
+    name: str, change: dict, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(architecture.TABLE, name, replace(architecture.TABLE[name], **change))
+    with pytest.raises(RequestError, match=told):
+        make_handle(name)

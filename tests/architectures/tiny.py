@@ -68,6 +68,8 @@ class Tiny:
         d_mlp: the option that sets the width of W_out's input; None if it is fixed.
         after_w_out: what W_out's output passes before it is added to the residual stream.
         adds: a block's output is its input plus what attention and MLP add.
+        norms: in front of attention and MLP stand norms that nothing else reads.
+        shared_norm: one norm stands in front of both.
     """
 
     model_type: str
@@ -75,6 +77,8 @@ class Tiny:
     d_mlp: str | None = "intermediate_size"
     after_w_out: str | None = None
     adds: bool = True
+    norms: bool = True
+    shared_norm: bool = False
 
 
 GEMMA: dict[str, Any] = {"head_dim": 8, "query_pre_attn_scalar": 8, **GROUPED, **SLIDING}
@@ -96,7 +100,7 @@ TINY = {
     "gpt2": Tiny("gpt2", d_mlp="n_inner"),
     "gpt_neox": Tiny("gpt_neox", {"rotary_pct": 0.5}),
     "gpt_neox-sequential": Tiny("gpt_neox", {"use_parallel_residual": False}),
-    "gptj": Tiny("gptj", {"rotary_dim": 4}, d_mlp="n_inner"),
+    "gptj": Tiny("gptj", {"rotary_dim": 4}, d_mlp="n_inner", shared_norm=True),
     "llama": Tiny("llama", {**GROUPED, "attention_bias": True, "mlp_bias": True}),
     "mistral": Tiny("mistral", {**GROUPED, "head_dim": 8, "sliding_window": WINDOW}),
     "opt": Tiny("opt", {"word_embed_proj_dim": WIDTH}, d_mlp="ffn_dim"),
@@ -105,8 +109,9 @@ TINY = {
         {"word_embed_proj_dim": 16, "do_layer_norm_before": False},
         d_mlp="ffn_dim",
         adds=False,
+        norms=False,
     ),
-    "phi": Tiny("phi", {"partial_rotary_factor": 0.5}),
+    "phi": Tiny("phi", {"partial_rotary_factor": 0.5}, shared_norm=True),
     "phi3": Tiny("phi3", {**GROUPED, "sliding_window": WINDOW}),
     "qwen2": Tiny("qwen2", {**GROUPED, **SLIDING, "use_sliding_window": True}),
     "qwen3": Tiny("qwen3", {**GROUPED, "head_dim": 8}),

@@ -18,6 +18,7 @@ from tests.cli.test_errors import check_one_line, listed
 MORE = {
     "sequential": ["intervene=rome", "protocol=sequential"],
     "ft": ["intervene=ft"],
+    "leace_readers": ["intervene=leace_readers"],
     "memit": [
         "intervene=memit",
         "protocol=batch",
@@ -71,7 +72,7 @@ def check_undone(call, tiny, directory: Path, tmp_path: Path) -> None:
 # -- there and back --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["rome_batch", "sequential", "memit"])
+@pytest.mark.parametrize("name", ["rome_batch", "sequential", "memit", "leace_readers"])
 def test_the_written_model_says_what_the_run_says(name, call, tiny, runs, tmp_path):
     run, out = runs[name], tmp_path / "out"
     outcome = call("apply", "--intervention", run.path, "--model", tiny.model, "--output", out)

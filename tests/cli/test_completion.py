@@ -180,8 +180,8 @@ def test_the_first_of_several_options_tells_the_keys():
 
 def test_a_list_of_options_goes_on():
     assert overrides("intervene=none,leace", []) == [
-        "intervene=none,leace", "intervene=none,leace_background", "intervene=none,leace_shuffled",
-        "intervene=none,leace_weights",
+        "intervene=none,leace", "intervene=none,leace_background", "intervene=none,leace_readers",
+        "intervene=none,leace_shuffled", "intervene=none,leace_weights",
     ]  # fmt: skip
 
 

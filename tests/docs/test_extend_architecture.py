@@ -10,6 +10,7 @@ import pytest
 from palimpsest.errors import RequestError
 from palimpsest.model import architecture
 from palimpsest.model.architecture import TABLE, Architecture
+from palimpsest.model.site import NORMS
 from palimpsest.record.store import load_runs
 from tests.architectures import test_exam as exam
 from tests.architectures.test_run import FEW, knowledge
@@ -58,6 +59,8 @@ def test_with_the_row_it_passes_the_exam(added):
     for side in ("left", "right"):
         batch = padded(ragged(), side)
         exam.test_a_block_adds_what_attention_and_mlp_give(added, batch)
+        for part in NORMS:
+            exam.test_its_readers_are_all_that_a_norm_gives_to(handle, part, batch)
         exam.test_padding_reaches_no_token(handle, batch)
         exam.test_a_delta_of_its_own_is_a_changed_weight_for_each_row(handle, batch)
 

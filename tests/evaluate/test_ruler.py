@@ -16,7 +16,7 @@ from palimpsest.facts.fact import FactSet, Prompt
 from palimpsest.facts.splits import Splits, split
 from palimpsest.model.forward import features, greedy
 from palimpsest.model.handle import ModelHandle
-from palimpsest.model.site import Change, Policy, Position, Site
+from palimpsest.model.site import Change, Part, Policy, Position, Site
 from palimpsest.model.tokens import NOBODY
 from palimpsest.record.row import UPSTREAM, Axis, Row, Scope
 from tests.evaluate.toy import CLASSES, make_fact, make_splits
@@ -105,8 +105,8 @@ def one_for_all(fact: int) -> Applied:
     return applied
 
 
-def erased(policy: str) -> Applied:
-    """Half of the stream is projected away after block 1, where the policy says."""
+def erased(policy: str, part: Part = "residual") -> Applied:
+    """Half of the dimensions are projected away at block 1, where the policy says."""
 
     @contextmanager
     def applied(model: ModelHandle) -> Iterator[None]:
@@ -117,7 +117,7 @@ def erased(policy: str) -> Applied:
             here = model.running.selects(policy)[..., None]  # type: ignore[arg-type]
             return torch.where(here, states - (states @ basis) @ basis.T, states)
 
-        with model.hooked([(model.blocks[1], hook)]):
+        with model.hooked([(model.module(Site(1, part)), hook)]):
             yield
 
     return applied
@@ -198,9 +198,10 @@ def test_every_protocol_is_defined_in_the_docs(
         ), (metric, protocol)
 
 
+@pytest.mark.parametrize("part", ["residual", "attention_norm", "mlp_norm"])
 @pytest.mark.parametrize("policy", get_args(Policy))
 def test_values_are_called_unchanged_where_states_are(
-    ruler: Ruler, model: ModelHandle, dealt: Splits, policy: Policy
+    ruler: Ruler, model: ModelHandle, dealt: Splits, policy: Policy, part: Part
 ) -> None:
     """Some prompts go on after their subject, some end with it."""
     ending = {fact.id: Prompt.fill("fit", "Here is {}", fact.subject) for fact in dealt.target[::2]}
@@ -210,9 +211,9 @@ def test_values_are_called_unchanged_where_states_are(
     sites = [Site(layer) for layer in range(model.n_layers)]
     positions = get_args(Position)
     before = features(model, encoded, sites, positions)
-    change = Change("relation", False, 1, "residual", policy)
+    change = Change("relation", False, 1, part, policy)
     baseline = ruler.prepare(model, facts, 0)
-    with erased(policy)(model):
+    with erased(policy, part)(model):
         after = features(model, encoded, sites, positions)
         rows = list(ruler.measure(model, facts, change, baseline, 0))
     place = {fact.id: n for n, fact in enumerate(target)}

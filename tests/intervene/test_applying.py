@@ -16,12 +16,13 @@ from palimpsest.errors import RequestError, WriteError
 from palimpsest.intervene import applying
 from palimpsest.intervene.applying import ORIGINAL, RECORD, Chosen, alone, apply, choose, undo
 from palimpsest.intervene.composition import Composition, History
-from palimpsest.intervene.deltas import WeightDeltas
+from palimpsest.intervene.deltas import ReaderDeltas, WeightDeltas
 from palimpsest.intervene.dense import DenseDeltas
 from palimpsest.intervene.intervention import Intervention
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.load import Pretrained
-from palimpsest.model.site import Change
+from palimpsest.model.site import NORMS, Change, Part
+from tests.architectures.changes import make_eraser, make_folded
 from tests.architectures.tiny import TINY, make_model, tokenizer
 
 FACTS = ("a", "b", "c")
@@ -113,6 +114,7 @@ def history(*parts: Intervention) -> Intervention:
 SHARED: dict[str, Callable[[ModelHandle], Intervention]] = {
     "low rank": lambda handle: low_rank(handle, 2),
     "dense": lambda handle: dense(handle, 1),
+    "readers": lambda handle: make_folded(handle, make_eraser(handle, "mlp_norm", "all")),
     "composition": lambda handle: composed(low_rank(handle, 1), dense(handle, 3)),
     "history": lambda handle: history(low_rank(handle, 2), low_rank(handle, 2, seed=5)),
     "history of compositions": lambda handle: history(
@@ -148,6 +150,9 @@ def literal(place: Place, intervention: Intervention, fact: int = 0) -> dict[str
     names = {id(tensor): name for name, tensor in handle.model.named_parameters()}
     last = intervention.parts[-1] if isinstance(intervention, History) else intervention
     for leaf in leaves(last):
+        if isinstance(leaf, ReaderDeltas):
+            put_readers(weights, names, handle, leaf)
+            continue
         assert isinstance(leaf, WeightDeltas | DenseDeltas)
         if isinstance(leaf, WeightDeltas):
             delta = leaf.right[fact].T @ leaf.left[fact]
@@ -158,6 +163,25 @@ def literal(place: Place, intervention: Intervention, fact: int = 0) -> dict[str
         turned = delta.T if type(module).__name__ == "Conv1D" else delta
         weights[name] = (weights[name].float() + turned).to(weights[name].dtype)
     return weights
+
+
+def put_readers(
+    weights: dict[str, Tensor], names: dict[int, str], handle: ModelHandle, change: ReaderDeltas
+) -> None:
+    """The same for what reads a norm, reader by reader."""
+    delta, shift = (change.left @ change.right).float(), change.shift.float()
+    for module in handle.reading(change.site):
+        conv, size = type(module).__name__ == "Conv1D", module.weight.shape
+        rows = size[1] if conv else size[0]
+        mine, delta = delta[:rows], delta[rows:]
+        parameters = [(module.weight, mine.T if conv else mine)]
+        if module.bias is not None:
+            parameters.append((module.bias, shift[:rows]))
+            shift = shift[rows:]
+        for parameter, change_of in parameters:
+            name = names[id(parameter)]
+            weights[name] = (weights[name].float() + change_of).to(weights[name].dtype)
+    assert delta.numel() == shift.numel() == 0
 
 
 # -- there and back --------------------------------------------------------------------------------
@@ -178,6 +202,20 @@ def test_every_architecture_goes_there_and_back(make: Make, name: str) -> None:
     check_equal(state(place.back), place.original)
     assert replace(place.source, path=str(place.back)).load().fingerprint == handle.fingerprint
     assert place.names() == {"out", "back"}
+
+
+@pytest.mark.parametrize("part", NORMS)
+@pytest.mark.parametrize("name", [name for name, tiny in TINY.items() if tiny.norms])
+def test_what_reads_a_norm_goes_there_and_back(make: Make, name: str, part: Part) -> None:
+    place = make(name)
+    handle = place.source.load()
+    change = make_folded(handle, make_eraser(handle, part, "all"))
+    record = apply(place.source, choose(saved(place, change)), place.out)
+    check_equal(state(place.out), literal(place, change))
+    readers = handle.readers(change.site)
+    assert len(record.changed) == sum(1 + (bias is not None) for _, bias in readers)
+    undo(replace(place.source, path=str(place.out)), place.back)
+    check_equal(state(place.back), place.original)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -9,14 +9,21 @@ import torch
 from palimpsest.errors import RequestError
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.intervene.composition import Composition
-from palimpsest.intervene.eraser import REST, concept, relative_cross_covariance
+from palimpsest.intervene.eraser import REST, SAME, Eraser, concept, relative_cross_covariance
+from palimpsest.intervene.inlp import Inlp
 from palimpsest.intervene.intervention import load
 from palimpsest.intervene.kinds import KINDS
 from palimpsest.intervene.leace import Leace
+from palimpsest.intervene.leace_background import LeaceBackground
+from palimpsest.intervene.leace_readers import LeaceReaders
+from palimpsest.intervene.moments import RunningText
+from palimpsest.intervene.orth import MeanProjection
+from palimpsest.intervene.random_subspace import RandomSubspace
+from palimpsest.intervene.scrub import Scrub
 from palimpsest.model import forward as module
 from palimpsest.model.forward import capturing, forward
 from palimpsest.model.handle import ModelHandle
-from palimpsest.model.site import Site
+from palimpsest.model.site import NORMS, Part, Site
 from palimpsest.model.tokens import Batch, collate
 from palimpsest.record.row import Row
 from tests.intervene.concepts import ENDINGS, LABELS, PLACES, SAMPLE, assert_erased, states
@@ -64,6 +71,56 @@ def test_all_layers_take_one_pass_over_the_sample(
 def test_a_layer_that_the_model_lacks_is_refused(double: ModelHandle) -> None:
     with pytest.raises(RequestError, match=r"intervene.layers"):
         Leace(layers=[1, 99]).fit(double, SAMPLE, SITE)
+
+
+# -- where the facts' states do not differ ------------------------------------------------------
+
+
+def test_in_front_of_the_first_attention_all_prompts_end_alike(double: ModelHandle) -> None:
+    """One token, no attention yet, and rotary positions: nothing to erase, and no map of noise."""
+    found = Scrub("attention_norm").fit(double, SAMPLE, SITE)
+    first, *rest = found.parts
+    assert first.proj_left.shape == (double.width, 0)
+    assert torch.equal(first.erase(states(double, SITE)), states(double, SITE))
+    undefined = {(row.metric, row.protocol): row for row in first.diagnostics if row.value is None}
+    assert set(undefined) == {
+        ("residual_cross_covariance", "fit_sample"),
+        ("residual_cross_covariance", "held_out"),
+        ("variance_removed", "fit_sample"),
+    }
+    assert {(row.note, row.n) for row in undefined.values()} == {(SAME, 0)}
+    assert value(first.diagnostics, "rank", "projection") == 0
+    for part in rest:
+        assert value(part.diagnostics, "residual_cross_covariance", "fit_sample") < 1e-9
+
+
+@pytest.mark.parametrize("method", [Leace, LeaceReaders, MeanProjection, Inlp, RandomSubspace])
+def test_where_nothing_can_be_erased_it_is_refused(
+    double: ModelHandle, method: type[Eraser]
+) -> None:
+    policy = "all" if method is LeaceReaders else "all_but_sink"
+    told = r"same for all at layer 0, attention_norm; choose a higher layer, or another intervene"
+    with pytest.raises(RequestError, match=told):
+        method("attention_norm", policy=policy).fit(double, SAMPLE, Site(0, "attention_norm"))
+    method("attention_norm", policy=policy, position="last_subject").fit(
+        double, SAMPLE, Site(0, "attention_norm")
+    )
+
+
+@pytest.mark.parametrize("part", NORMS)
+def test_every_eraser_works_on_what_a_norm_gives(double: ModelHandle, part: Part) -> None:
+    site = Site(2, part)
+    before = states(double, site)
+    text = RunningText(tokens=300, length=16)
+    for method in (Leace(part), LeaceBackground(part, text=text), MeanProjection(part)):
+        assert_erased(before, method.fit(double, SAMPLE, site))
+    for method in (Inlp(part, c=100.0), RandomSubspace(part)):
+        erasure = method.fit(double, SAMPLE, site)
+        left = relative_cross_covariance(before, erasure.erase(before), LABELS)
+        assert 1e-6 < left < 1.5
+    below = Scrub(part, layers=[1, 2]).fit(double, SAMPLE, site)
+    with below.parts[0].applied(double):
+        assert_erased(states(double, site), below.parts[1], 1e-8)
 
 
 # -- rare objects ----------------------------------------------------------------------------------

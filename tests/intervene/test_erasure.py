@@ -17,7 +17,7 @@ from palimpsest.model.tokens import NOBODY, Tokens, collate
 from tests.intervene.conftest import TARGETS, copy_of
 
 LAYER = 1
-PARTS = ("residual", "mlp", "attention")
+PARTS = ("residual", "mlp", "attention", "attention_norm", "mlp_norm")
 
 NAMED: dict[str, Callable[[Tokens, int], bool]] = {
     "last_subject": lambda row, at: row.subject is not None and at == row.subject[1],

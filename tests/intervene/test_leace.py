@@ -27,7 +27,7 @@ from tests.intervene.concepts import ENDINGS, PLACES, SAMPLE
 from tests.intervene.conftest import ARCHITECTURES, copy_of, splits
 
 LAYER = 2
-PARTS = ("residual", "mlp", "attention")
+PARTS = ("residual", "mlp", "attention", "attention_norm", "mlp_norm")
 POSITIONS = ("last_subject", "last_prompt")
 
 MAJORITY = 20 / len(PLACES)
@@ -57,9 +57,21 @@ def site_module(handle: ModelHandle, part: str) -> torch.nn.Module:
     """The module whose output is the site, by its name."""
     if handle.model.config.model_type == "gpt2":
         block = handle.model.transformer.h[LAYER]
-        return {"residual": block, "mlp": block.mlp.c_proj, "attention": block.attn}[part]
+        return {
+            "residual": block,
+            "mlp": block.mlp.c_proj,
+            "attention": block.attn,
+            "attention_norm": block.ln_1,
+            "mlp_norm": block.ln_2,
+        }[part]
     block = handle.model.model.layers[LAYER]
-    return {"residual": block, "mlp": block.mlp.down_proj, "attention": block.self_attn}[part]
+    return {
+        "residual": block,
+        "mlp": block.mlp.down_proj,
+        "attention": block.self_attn,
+        "attention_norm": block.input_layernorm,
+        "mlp_norm": block.post_attention_layernorm,
+    }[part]
 
 
 def at_site(handle: ModelHandle, facts: Sequence[Fact], part: str, position: str) -> Tensor:

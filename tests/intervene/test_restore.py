@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.errors import RequestError
-from palimpsest.intervene.deltas import WeightDeltas
+from palimpsest.intervene.deltas import ReaderDeltas, WeightDeltas
 from palimpsest.intervene.erasure import Erasure
 from palimpsest.intervene.intervention import Intervention, Unchanged
 from palimpsest.intervene.prefixes import GivenPrefixes
@@ -23,7 +23,8 @@ from palimpsest.model.site import Change, Site
 from palimpsest.model.tokens import collate
 from tests.intervene.conftest import TARGETS, assert_untouched, copy_of, splits, weights
 
-KINDS = ("independent", "joint", "residual", "mlp", "attention", "unchanged")
+ERASED = ("residual", "mlp", "attention", "attention_norm", "mlp_norm")
+KINDS = ("independent", "joint", "readers", *ERASED, "unchanged")
 LAYER = 1
 
 
@@ -43,6 +44,15 @@ def intervention(kind: str, handle: ModelHandle) -> Intervention:
         change = Change("fact", independent, LAYER)
         left, right = noise(facts, 2, width), noise(facts, 2, handle.width)
         return WeightDeltas(change=change, model=handle.fingerprint, left=left, right=right)
+    if kind == "readers":
+        readers = handle.readers(Site(LAYER, "mlp_norm"))
+        return ReaderDeltas(
+            change=Change("relation", False, LAYER, "mlp_norm"),
+            model=handle.fingerprint,
+            left=noise(sum(len(weight) for weight, _ in readers), 2).double(),
+            right=noise(2, handle.width).double(),
+            shift=noise(sum(len(bias) for _, bias in readers if bias is not None)).double(),
+        )
     left, right, bias = noise(handle.width, 3), noise(3, handle.width), noise(handle.width)
     return Erasure(
         change=Change("relation", False, LAYER, kind, "all"),
@@ -116,7 +126,7 @@ def test_a_model_is_restored_after_an_error_in_a_forward_pass(
 
 
 @pytest.mark.parametrize("outer", ["independent", "joint", "residual"])
-@pytest.mark.parametrize("inner", ["joint", "mlp"])
+@pytest.mark.parametrize("inner", ["joint", "mlp", "readers"])
 def test_changes_nest(model: ModelHandle, outer: str, inner: str) -> None:
     before = weights(model)
     with intervention(outer, model).applied(model):

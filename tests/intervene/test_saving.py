@@ -10,14 +10,14 @@ import torch
 
 from palimpsest.errors import RequestError
 from palimpsest.intervene.controls import NoChange
-from palimpsest.intervene.deltas import WeightDeltas
+from palimpsest.intervene.deltas import ReaderDeltas, WeightDeltas
 from palimpsest.intervene.erasure import Erasure
 from palimpsest.intervene.intervention import Intervention, Unchanged, load
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change, Site
 from tests.intervene.conftest import TARGETS, splits
 
-KINDS = [WeightDeltas, Erasure, Unchanged]
+KINDS = [WeightDeltas, ReaderDeltas, Erasure, Unchanged]
 MODEL = "0123456789abcdef" * 4
 
 
@@ -45,6 +45,20 @@ INTERVENTIONS: dict[str, Intervention] = {
         proj_left=noise(8, 3),
         proj_right=noise(8, 3, seed=1).T,
         bias=noise(8, seed=2),
+    ),
+    "readers": ReaderDeltas(
+        change=Change("relation", False, 2, "mlp_norm"),
+        model=MODEL,
+        left=noise(24, 3),
+        right=noise(3, 8, seed=1),
+        shift=noise(16, seed=2),
+    ),
+    "readers without a bias": ReaderDeltas(
+        change=Change("relation", False, 2, "attention_norm"),
+        model=MODEL,
+        left=noise(24, 3),
+        right=noise(3, 8, seed=1),
+        shift=noise(0),
     ),
     "unchanged": Unchanged(change=Change("fact", False, None), model=MODEL),
 }

@@ -121,7 +121,12 @@ def test_averages_are_over_facts_of_means_over_tokens() -> None:
 
 @pytest.mark.parametrize(
     ("part", "kind", "position"),
-    [("mlp", "mlp_window_2", "last_subject"), ("attention", "attention_window_2", "last_prompt")],
+    [
+        ("mlp", "mlp_window_2", "last_subject"),
+        ("attention", "attention_window_2", "last_prompt"),
+        ("mlp_norm", "mlp_window_2", "last_subject"),
+        ("attention_norm", "attention_window_2", "last_prompt"),
+    ],
 )
 def test_the_peak_is_that_of_the_dev_facts(
     model: ModelHandle, part: str, kind: str, position: str

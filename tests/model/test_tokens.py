@@ -101,6 +101,7 @@ def test_no_rows_make_no_batch() -> None:
         (Change("relation", False, 1, "residual", "last_prompt"), {(2, 0): False, (2, 1): True}),
         (Change("relation", False, 1, "residual", "last_subject"), {(1, 0): True, (1, 1): True}),
         (Change("relation", False, 1, "mlp", "all_but_sink"), {(1, 0): True, (0, 1): False}),
+        (Change("relation", False, 1, "mlp_norm"), {(0, 1): False, (1, 0): True, (1, 1): True}),
     ],
 )
 def test_a_change_reaches_what_comes_at_or_after_it(

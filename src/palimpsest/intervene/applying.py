@@ -16,13 +16,13 @@ from typing import Any, Self
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from palimpsest import __version__
 from palimpsest.errors import RequestError, WriteError, nearest
 from palimpsest.files import write_json, writing
 from palimpsest.intervene.composition import Parts
-from palimpsest.intervene.deltas import BiasShift, WeightDeltas
+from palimpsest.intervene.deltas import BiasShift, ReaderDeltas, WeightDeltas
 from palimpsest.intervene.dense import DenseDeltas
 from palimpsest.intervene.intervention import Intervention, Unchanged, load
 from palimpsest.intervene.kinds import KINDS
@@ -113,11 +113,12 @@ def _check_weights(whole: Intervention) -> None:
             "expected a change of weights, found a run that changes nothing (intervene=none); "
             "name another run"
         )
-    elif not isinstance(whole, WeightDeltas | DenseDeltas | BiasShift):
+    elif not isinstance(whole, WeightDeltas | DenseDeltas | BiasShift | ReaderDeltas):
         raise RequestError(
             f"expected a change of weights, found kind {whole.kind!r}: it acts on chosen tokens' "
             f"states at layer {whole.change.layer} while the model runs, which no weight can hold; "
-            "apply it in Python by `with intervention.applied(model):`, or name an editor's run"
+            "apply it in Python by `with intervention.applied(model):`, or name the run of an "
+            "editor, leace_weights or leace_readers"
         )
 
 
@@ -308,19 +309,23 @@ def _write_changed(handle: ModelHandle, chosen: Chosen, folder: Path, command: s
 def _names(handle: ModelHandle, change: Intervention) -> list[str]:
     """The names of the parameters that a change of weights may alter."""
     names = {id(parameter): name for name, parameter in handle.model.named_parameters()}
-    found = []
-    for layer, kind in sorted(_places(change)):
-        module = handle.module(Site(handle.check_layer(layer), "mlp"))
-        found.append(names[id(module.get_parameter(kind))])
-    return found
+    return sorted({names[id(parameter)] for parameter in _parameters(handle, change)})
 
 
-def _places(change: Intervention) -> set[tuple[int, str]]:
-    """Layers, and which parameter of their W_out is changed."""
+def _parameters(handle: ModelHandle, change: Intervention) -> Iterator[nn.Parameter]:
+    """The parameters themselves."""
     if isinstance(change, Parts):
-        return {place for part in change.parts for place in _places(part)}
+        for each in change.parts:
+            yield from _parameters(handle, each)
+        return
     assert change.change.layer is not None
-    return {(change.change.layer, "bias" if isinstance(change, BiasShift) else "weight")}
+    layer = handle.check_layer(change.change.layer)
+    if isinstance(change, ReaderDeltas):
+        for module in handle.reading(change.site):
+            yield from module.parameters(recurse=False)
+    else:
+        name = "bias" if isinstance(change, BiasShift) else "weight"
+        yield handle.module(Site(layer, "mlp")).get_parameter(name)
 
 
 def _equal(handle: ModelHandle, name: str, value: Tensor) -> bool:

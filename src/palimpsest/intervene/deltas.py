@@ -1,8 +1,8 @@
-"""Low-rank changes of one W_out, for one fact each or for all at once."""
+"""Low-rank changes of one W_out, for one fact each or for all at once; and of a norm's readers."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from palimpsest.intervene.composition import joined
 from palimpsest.intervene.intervention import Intervention
+from palimpsest.model import offload
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site
 from palimpsest.model.tokens import NOBODY
@@ -119,11 +120,11 @@ def responding(
 
 @contextmanager
 def added(weight: Tensor, delta: Tensor) -> Iterator[None]:
-    """Add a float32 delta to a weight while the context lasts; the sum is rounded once."""
+    """Add a delta to a weight while the context lasts; the sum is rounded once."""
     saved = weight.clone()
     try:
         precise = torch.promote_types(saved.dtype, torch.float32)
-        weight.copy_(saved.to(precise) + delta.to(weight.device))
+        weight.copy_(saved.to(precise) + delta.to(weight.device, precise))
         yield
     finally:
         weight.copy_(saved)
@@ -147,5 +148,47 @@ class BiasShift(Intervention):
     def changing(self, handle: ModelHandle) -> AbstractContextManager[None]:
         """Shift the bias while the context lasts."""
         assert self.change.layer is not None
-        bias = handle.module(Site(self.change.layer, "mlp")).get_parameter("bias")
-        return added(bias.data, self.shift)
+        w_out = handle.module(Site(self.change.layer, "mlp"))
+        return added(offload.value(w_out, "bias"), self.shift)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReaderDeltas(Intervention):
+    """`left right` added to the weights of all matrices that read the norm's output at the site.
+
+    The readers stand one below the other, in the order of `ModelHandle.readers`.
+
+    Attributes:
+        left: `[Σ out, r]` float64.
+        right: `[r, d_model]` float64.
+        shift: `[Σ out]` float64, added to the biases; only of readers that have one.
+    """
+
+    kind: ClassVar[str] = "reader_deltas"
+    left: Tensor
+    right: Tensor
+    shift: Tensor
+
+    @property
+    def site(self) -> Site:
+        """The norm's output."""
+        assert self.change.layer is not None
+        return Site(self.change.layer, self.change.part)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`left`, `right` and `shift`."""
+        return {"left": self.left, "right": self.right, "shift": self.shift}
+
+    @contextmanager
+    def changing(self, handle: ModelHandle) -> Iterator[None]:
+        """Change every reader while the context lasts."""
+        readers = handle.readers(self.site)
+        biases = [bias for _, bias in readers if bias is not None]
+        lefts = self.left.split([len(weight) for weight, _ in readers])
+        shifts = self.shift.split([len(bias) for bias in biases])
+        with ExitStack() as stack:
+            for (weight, _), left in zip(readers, lefts, strict=True):
+                stack.enter_context(added(weight, left @ self.right))
+            for bias, shift in zip(biases, shifts, strict=True):
+                stack.enter_context(added(bias, shift))
+            yield

@@ -35,6 +35,9 @@ Rare = Literal["keep", "drop", "merge"]
 REST = "(rare objects)"
 """The class that rare objects are merged into."""
 
+SAME = "the states of all fitted facts are the same here"
+"""Why nothing is erased: in front of the first attention, where all prompts end in one token."""
+
 
 @dataclass(frozen=True)
 class Affine:
@@ -79,7 +82,8 @@ class Eraser(ABC):
     """*Which object* of a relation, made harder to read at one site or at several.
 
     Attributes:
-        part: `residual` (a block's output), `mlp` or `attention`.
+        part: `residual` (a block's output), `mlp` or `attention` (what they add), `mlp_norm` or
+            `attention_norm` (what they read).
         position: the token whose states are fitted on.
         policy: the tokens that are erased.
         fit_on: `target+fit`, or `fit` alone.
@@ -158,8 +162,8 @@ class Eraser(ABC):
         """Fit an erasure at every layer.
 
         Raises:
-            RequestError: several relations, fewer than two classes, too many for the width, or no
-                such layer.
+            RequestError: several relations, fewer than two classes, too many for the width, no such
+                layer, or none at which the facts' states differ.
         """
         concept = self.concept(facts, model.width)
         sites = self.sites(model, site)
@@ -172,12 +176,10 @@ class Eraser(ABC):
                 fresh = states_of(model, facts.test, group, self.position)
                 for each, states, held_out in zip(group, sample, fresh, strict=True):
                     around = Around(model, each, facts)
-                    affine = self.map(states, self.shown(concept.labels), around)
-                    rows = list(self.rows(concept, each, states, affine, facts.test, held_out))
-                    rows += self.beside(affine, around)
-                    parts.append(self.erasure(model, facts, each, affine, rows))
+                    parts.append(self.at(around, concept, states, held_out))
                 if self.in_turn:
                     stack.enter_context(parts[-1].applied(model))
+        _check_something(parts)
         if len(parts) == 1:
             return parts[0]
         return Composition(
@@ -186,6 +188,24 @@ class Eraser(ABC):
             parts=tuple(parts),
             diagnostics=tuple(row for part in parts for row in part.diagnostics),
         )
+
+    def at(self, around: "Around", concept: Concept, states: Tensor, held_out: Tensor) -> Erasure:
+        """The erasure of one site; of states that are all the same, none.
+
+        Args:
+            around: the site.
+            concept: the fitted facts.
+            states: theirs, `[n, d_model]` float64.
+            held_out: the test facts', `[m, d_model]` float64.
+        """
+        if differ(states):
+            affine = self.map(states, self.shown(concept.labels), around)
+        else:
+            nothing = states.new_empty(states.shape[1], 0)
+            affine = Affine(nothing, nothing.T, states.mean(0))
+        rows = list(self.rows(concept, around.site, states, affine, around.facts.test, held_out))
+        rows += self.beside(affine, around)
+        return self.erasure(around.model, around.facts, around.site, affine, rows)
 
     def concept(self, facts: Splits, width: int) -> Concept:
         """The facts to fit on, with their labels."""
@@ -245,21 +265,23 @@ class Eraser(ABC):
     ) -> Iterator[Row]:
         """What the fit reports of one site."""
         n, width = states.shape
-        erased = affine.of(states)
-        residual = relative_cross_covariance(states, erased, concept.labels)
-        scatter = (states - states.mean(0)).square().sum()
-        removed = (erased - states).square().sum() / scatter
         rank = torch.linalg.matrix_rank(affine.left @ affine.right)
         known = [n for n, fact in enumerate(fresh) if fact.true in concept.classes]
-        leaked, note = None, "fewer than two held-out subjects with these objects"
-        if len({fresh[n].true for n in known}) > 1:
+        residual, removed, leaked, note = None, None, None, SAME
+        if differ(states):
+            erased = affine.of(states)
+            residual = relative_cross_covariance(states, erased, concept.labels)
+            scatter = (states - states.mean(0)).square().sum()
+            removed = float((erased - states).square().sum() / scatter)
+            note = "fewer than two held-out subjects with these objects"
+        if residual is not None and len({fresh[n].true for n in known}) > 1:
             index = torch.tensor([concept.classes.index(fresh[n].true) for n in known])
             labels = torch.nn.functional.one_hot(index, len(concept.classes)).double()
             leaked = relative_cross_covariance(held_out[known], affine.of(held_out[known]), labels)
         for metric, protocol, value, count in (
             ("residual_cross_covariance", "fit_sample", residual, n),
             ("residual_cross_covariance", "held_out", leaked, len(known)),
-            ("variance_removed", "fit_sample", float(removed), n),
+            ("variance_removed", "fit_sample", removed, n),
             ("rank", "projection", float(rank), n),
             ("n_over_d", "fit_sample", n / width, n),
             ("classes", "fit_sample", float(len(concept.classes)), n),
@@ -356,6 +378,29 @@ def concept(sample: Sequence[Fact], width: int, rare: str = "keep", least: int =
         dropped=len(sample) - len(facts),
         merged=sum(name == REST for name in names),
     )
+
+
+def differ(states: Tensor) -> bool:
+    """Whether states `[n, d]` differ by more than float32 rounds."""
+    return bool((states - states.mean(0)).norm() > _ROUNDING * states.norm())
+
+
+_ROUNDING = 1e-6
+"""Spread of states that is none, in multiples of their norm."""
+
+
+def _check_something(parts: Sequence[Erasure]) -> None:
+    """Refuse an erasure of nothing at all.
+
+    Raises:
+        RequestError: there is no site at which the facts' states differ.
+    """
+    if all(any(row.note == SAME for row in part.diagnostics) for part in parts):
+        raise RequestError(
+            "expected states that differ between facts, found the same for all at layer "
+            f"{', '.join(str(part.change.layer) for part in parts)}, {parts[0].change.part}; "
+            "choose a higher layer, or another intervene.position or intervene.part"
+        )
 
 
 def relative_cross_covariance(before: Tensor, after: Tensor, labels: Tensor) -> float:

@@ -1,7 +1,7 @@
 """Every kind of intervention that a run may have saved."""
 
 from palimpsest.intervene.composition import Composition, History
-from palimpsest.intervene.deltas import BiasShift, WeightDeltas
+from palimpsest.intervene.deltas import BiasShift, ReaderDeltas, WeightDeltas
 from palimpsest.intervene.dense import DenseDeltas
 from palimpsest.intervene.erasure import Erasure
 from palimpsest.intervene.intervention import Intervention, Unchanged
@@ -9,6 +9,7 @@ from palimpsest.intervene.intervention import Intervention, Unchanged
 KINDS: tuple[type[Intervention], ...] = (
     WeightDeltas,
     BiasShift,
+    ReaderDeltas,
     DenseDeltas,
     Erasure,
     Unchanged,

@@ -10,8 +10,8 @@ class Scrub(Leace):
     """LEACE from below, each layer fitted on states that the layers below have already erased.
 
     What a layer's own eraser guarantees is then true of the states that it really meets. The
-    paper scrubs the inputs of attention and MLP at every token; here it is the outputs of `part`,
-    on the tokens of `policy`, at every layer where none is named.
+    paper scrubs what attention and MLP read, at every token; here it is one `part` (these two are
+    `attention_norm` and `mlp_norm`), on the tokens of `policy`, at every layer where none is named.
     """
 
     @property

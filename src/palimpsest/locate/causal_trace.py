@@ -22,7 +22,8 @@ class CausalTrace(Locator):
 
     Attributes:
         tracing: how facts are traced.
-        kind: of the restored states; None: the part that the method changes.
+        kind: of the restored states; None: the part that the method changes, or, where that is
+            a norm's output, the part that reads it.
         position: the group of tokens that is looked at; None: the subject's last token for `mlp`,
             the prompt's last for others.
     """
@@ -58,7 +59,7 @@ class CausalTrace(Locator):
         Raises:
             RequestError: no dev facts, none of them can be traced, or no traced layer fits.
         """
-        kind = self.kind or part
+        kind = self.kind or part.removesuffix("_norm")
         self._check_traced(kind)
         position = self.position or ("last_subject" if kind == "mlp" else "last_prompt")
         traces = [each for each in self.tracing.trace(model, evidence.facts()) if not each.cause]

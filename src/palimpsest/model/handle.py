@@ -21,7 +21,7 @@ from palimpsest.errors import RequestError
 from palimpsest.files import fingerprint
 from palimpsest.model import offload
 from palimpsest.model.architecture import architecture_of, part
-from palimpsest.model.site import Site
+from palimpsest.model.site import NORMS, Part, Site
 from palimpsest.model.tokens import NOBODY, Batch, Spanned, Tokens
 
 _NOT_THE_MODEL = {
@@ -102,12 +102,43 @@ class ModelHandle:
                     f"{shape} (out, in); mend the row in palimpsest/model/architecture.py"
                 )
             self.module(Site(layer, "attention"))
+            if self._norms_elsewhere is None:
+                for name in NORMS:
+                    self._check_norm(layer, name)
             device = offload.device_of(module)
             if device != self.device:
                 raise RequestError(
                     f"expected all blocks to run on {self.device}, where the embeddings run, found "
                     f"layer {layer} on {device}; name at most one GPU in model.device_map"
                 )
+
+    def _check_norm(self, layer: int, name: Part) -> None:
+        """Whether a norm is as wide as the residual stream, and so is what reads it."""
+        weight = getattr(self.module(Site(layer, name)), "weight", None)
+        shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
+        if shape != (self.width,):
+            raise RequestError(
+                f"expected {name} of layer {layer} to give {self.width} features, found shape "
+                f"{shape}; mend the row in palimpsest/model/architecture.py"
+            )
+        for path in self.architecture.readers(name):
+            module = part(self.blocks[layer], path)
+            weight = getattr(module, "weight", None)
+            shape = tuple(_orient(module, weight).shape) if isinstance(weight, Tensor) else ()
+            if len(shape) != 2 or shape[1] != self.width:
+                raise RequestError(
+                    f"expected {path} of layer {layer} to read {self.width} features, found shape "
+                    f"{shape} (out, in); mend the row in palimpsest/model/architecture.py"
+                )
+
+    @property
+    def _norms_elsewhere(self) -> str | None:
+        """By what option norms do not stand in front of what reads them; None if they do."""
+        if self.architecture.norms_first is None:
+            return None
+        option, wanted = self.architecture.norms_first
+        found = getattr(self.model.config.get_text_config(), option, wanted)
+        return None if found == wanted else f"{option}={found}"
 
     @property
     def n_layers(self) -> int:
@@ -162,12 +193,18 @@ class ModelHandle:
         return layer
 
     def module(self, site: Site) -> nn.Module:
-        """The module whose output is the site."""
-        block = self.blocks[site.layer]
-        if site.part == "residual":
-            return block
-        path = self.architecture.w_out if site.part == "mlp" else self.architecture.attention
-        return part(block, path)
+        """The module whose output is the site.
+
+        Raises:
+            RequestError: a norm's output, in a model whose norms stand elsewhere.
+        """
+        if site.part in NORMS and self._norms_elsewhere is not None:
+            raise RequestError(
+                f"expected norms that stand in front of attention and MLP, and that these alone "
+                f"read, for a change at {site.part}, found {self._norms_elsewhere} in "
+                f"{self.name}'s configuration; take intervene.part=residual, mlp or attention"
+            )
+        return part(self.blocks[site.layer], self.architecture.path(site.part))
 
     def w_out(self, layer: int) -> Tensor:
         """W_out of a layer as `[d_model, d_mlp]`: a view that writes through to the parameter.
@@ -175,9 +212,32 @@ class ModelHandle:
         If the parameter is offloaded, its value is from now on kept in CPU memory.
         """
         module = self.module(Site(layer, "mlp"))
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        return _orient(module, offload.resident(module, "weight") if weight.is_meta else weight)
+        return _orient(module, offload.value(module, "weight"))
+
+    def reading(self, site: Site) -> list[nn.Module]:
+        """The linear modules that read a norm's output; no others do.
+
+        Raises:
+            RequestError: as of `module`.
+        """
+        self.module(site)
+        paths = self.architecture.readers(site.part)
+        return [part(self.blocks[site.layer], path) for path in paths]
+
+    def readers(self, site: Site) -> list[tuple[Tensor, Tensor | None]]:
+        """Weight `[out, d_model]` and bias `[out]` of each, as views that write through.
+
+        The bias is None where there is none. Offloaded ones are from now on kept in CPU memory.
+
+        Raises:
+            RequestError: as of `module`.
+        """
+        found: list[tuple[Tensor, Tensor | None]] = []
+        for module in self.reading(site):
+            bare = getattr(module, "bias", None) is None
+            weight = _orient(module, offload.value(module, "weight"))
+            found.append((weight, None if bare else offload.value(module, "bias")))
+        return found
 
     # -- text to tokens ---------------------------------------------------------------------------
 

@@ -19,6 +19,12 @@ def device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
+def value(module: nn.Module, name: str) -> Tensor:
+    """A weight's value, wherever it is kept, as a tensor that writes through; see `resident`."""
+    weight = module.get_parameter(name)
+    return resident(module, name) if weight.is_meta else weight.data
+
+
 def stored(module: nn.Module, name: str) -> Tensor:
     """The value of an offloaded weight, wherever it is kept."""
     return _offloading(module, name).weights_map[name]  # type: ignore[no-any-return]

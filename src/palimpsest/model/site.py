@@ -6,8 +6,13 @@ from typing import Literal, get_args
 
 from palimpsest.errors import RequestError, nearest
 
-Part = Literal["residual", "mlp", "attention"]
-"""`residual`: a block's output. `mlp`: the output of W_out. `attention`: what attention adds."""
+Part = Literal["residual", "mlp", "attention", "attention_norm", "mlp_norm"]
+"""`residual`: a block's output. `mlp`: the output of W_out. `attention`: what attention adds.
+`attention_norm`, `mlp_norm`: what the norm in front of attention, or of the MLP, gives it to read.
+"""
+
+NORMS: tuple[Part, ...] = ("attention_norm", "mlp_norm")
+"""Parts that are outputs of norms."""
 
 Position = Literal["last_subject", "last_prompt"]
 """One token of a prompt: the subject's last, or the prompt's last."""
@@ -28,7 +33,7 @@ class Site:
 
     Attributes:
         layer: the block, counted from 0; `EMBEDDING` for what goes into the first one.
-        part: `residual` (the block's output), `mlp` or `attention`.
+        part: `residual` (the block's output), `mlp`, `attention`, `attention_norm` or `mlp_norm`.
     """
 
     layer: int
