@@ -60,6 +60,8 @@ def test_an_eraser_is_fitted_and_measured(call, few, name):
         assert max(residual) < 1e-9
     else:
         assert min(residual) > 1e-3
+    for value in values(found, "residual_cross_covariance", "as_read"):
+        assert value < 1e-5
     marked = {("oracle_gate" in (row.note or "")) for row in rows}
     assert marked == {name == "gated"}
 

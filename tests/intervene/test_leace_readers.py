@@ -1,5 +1,6 @@
 """LEACE in the readers of a norm: the fold is the hook, and a checkpoint like any other."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -152,6 +153,28 @@ def test_what_the_readers_read_has_no_covariance_with_the_concept(
         assert there_before > 1e-3
         assert cross_covariance(left, LABELS).norm() < 1e-9 * there_before
     assert torch.equal(still, there)  # the norm itself gives what it gave
+
+
+@each_norm
+@pytest.mark.parametrize(
+    ("dtype", "least", "most"),
+    [(torch.float64, 0, 1e-12), (torch.float32, 1e-9, 1e-5), (torch.bfloat16, 1e-4, 0.1)],
+)
+def test_what_rounding_leaves_is_told(
+    gpt2: ModelHandle, part: Part, dtype: torch.dtype, least: float, most: float
+) -> None:
+    model = copy_of(gpt2, dtype)
+    folded, there = fold(model, part), states(model, Site(LAYER, part))
+    [row] = [row for row in folded.diagnostics if row.protocol == "as_read"]
+    assert least <= row.value < most
+    readings = {}
+    for name, context in (("before", nullcontext()), ("after", folded.applied(model))):
+        with context:
+            weights_now = [weight.double().clone() for weight, _ in model.readers(folded.site)]
+        readings[name] = torch.cat([there @ weight.T for weight in weights_now], 1)
+    before, after = (cross_covariance(readings[n], LABELS).norm() for n in ("before", "after"))
+    assert row.value == pytest.approx(float(after / before), rel=1e-3, abs=1e-13)
+    assert (row.metric, row.n) == ("residual_cross_covariance", len(PLACES))
 
 
 @each_norm

@@ -17,7 +17,7 @@ def model() -> ModelHandle:
     return make_handle("llama")
 
 
-@pytest.mark.parametrize("part", ["mlp", "residual", "attention"])
+@pytest.mark.parametrize("part", ["mlp", "residual", "attention", "attention_norm", "mlp_norm"])
 @pytest.mark.parametrize("layer", [0, 3])
 def test_a_layer_by_its_number(model: ModelHandle, part: str, layer: int) -> None:
     assert Fixed(layer=layer).site(model, part) == Site(layer, part)  # type: ignore[arg-type]
@@ -87,4 +87,5 @@ def test_a_model_without_depths_for_the_part_asks_for_a_layer(
 def test_an_unknown_part_is_refused(part: str) -> None:
     nobody = SimpleNamespace()  # refused before the model is looked at
     message = refusal(nobody, part, layer=0)
-    assert f"expected part to be one of residual, mlp, attention, found {part!r}" in message
+    parts = "residual, mlp, attention, attention_norm, mlp_norm"
+    assert f"expected part to be one of {parts}, found {part!r}" in message

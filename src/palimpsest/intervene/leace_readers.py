@@ -1,16 +1,18 @@
 """LEACE at a norm's output, folded into every matrix that reads it: no hook, a plain checkpoint."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from palimpsest.intervene.deltas import ReaderDeltas
+from palimpsest.intervene.eraser import SAME, Around, Concept, cross_covariance, differ
 from palimpsest.intervene.erasure import Erasure
 from palimpsest.intervene.folding import FoldedLeace, shift_left_out
-from palimpsest.intervene.intervention import Intervention
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import NORMS, Change, Part, Site
+from palimpsest.record.row import Row
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,21 @@ class LeaceReaders(FoldedLeace):
     sites_of: ClassVar[tuple[Part, ...]] = NORMS
     weights: ClassVar[str] = "what reads a norm"
 
-    def fold(self, model: ModelHandle, erasure: Erasure) -> tuple[Intervention, ...]:
+    def at(self, around: Around, concept: Concept, states: Tensor, held_out: Tensor) -> Erasure:
+        """The erasure of one site, with what its weights, rounded as they are, leave readable."""
+        erasure = super().at(around, concept, states, held_out)
+        left = None
+        if differ(states):
+            [folded] = self.fold(around.model, erasure)
+            left = read_through(around.model, folded, cross_covariance(states, concept.labels))
+        row = Row(
+            axis="cost", scope="relation", relation=concept.facts[0].relation, split="fit",
+            layer=around.site.layer, metric="residual_cross_covariance", protocol="as_read",
+            value=left, n=0 if left is None else len(states), note=SAME if left is None else None,
+        )  # fmt: skip
+        return replace(erasure, diagnostics=(*erasure.diagnostics, row))
+
+    def fold(self, model: ModelHandle, erasure: Erasure) -> tuple[ReaderDeltas]:
         """An erasure of a norm's output as a change of its readers' weights and biases."""
         layer, part = erasure.change.layer, erasure.change.part
         assert layer is not None
@@ -48,3 +64,21 @@ class LeaceReaders(FoldedLeace):
             diagnostics=() if all(biased) else (shift_left_out(erasure),),
         )
         return (deltas,)
+
+
+def read_through(model: ModelHandle, folded: ReaderDeltas, cross: Tensor) -> float:
+    """‖Cov(W_in' x, z)‖ / ‖Cov(W_in x, z)‖ over all readers, their weights as the model holds them.
+
+    Args:
+        model: the model as it stood at the fit.
+        folded: the change of the readers.
+        cross: Cov(x, z) `[d_model, k]` float64.
+    """
+
+    def norm() -> float:
+        readers = model.readers(folded.site)
+        return float(torch.cat([weight.cpu().double() @ cross for weight, _ in readers]).norm())
+
+    before = norm()
+    with folded.applied(model):
+        return norm() / before
