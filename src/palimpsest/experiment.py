@@ -114,7 +114,8 @@ def _work(
                 with intervention.at(step).applied(model):
                     store.append(ruler.along(model, facts, change, step, seed), section=name)
         with intervention.applied(model):
-            sections += ruler.sections(model, facts, change, baseline, seed)
+            written = intervention.differences()
+            sections += ruler.sections(model, facts, change, baseline, seed, written)
             for name, rows in sections:
                 if not store.has(name):
                     store.append(rows, section=name)

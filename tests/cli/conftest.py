@@ -65,6 +65,9 @@ FEW = (
     "facts.limit=6",
     "contexts=1",
     "evaluate.recoverability.least=1",
+    "evaluate.relearning.steps=[]",
+    "evaluate.compression.bits=[]",
+    "evaluate.compression.pruned=[]",
     "record=local",
 )
 """A run of half a second."""

@@ -300,3 +300,26 @@ def test_results_lie_under_the_sweep_s_name(call, few, tmp_path):
     assert call("run", "intervene=none", *few, "record.sweep=night").code == 0
     [path] = Path("results", "night").iterdir()
     assert json.loads((path / "run.json").read_text())["sweep"] == "night"
+
+
+# -- attacks on weights ----------------------------------------------------------------------------
+
+
+def test_attacks_on_weights_see_what_the_method_wrote(call, done, few, tmp_path):
+    """Inversion of each edit alone; all three of one change; none of an eraser by hook."""
+    on = ["evaluate.relearning.steps=[0,2]", "evaluate.compression.bits=[4]"]
+    joint = ["intervene=rome", "protocol=batch", "intervene.moments.tokens=2000"]
+    words = [word for word in few if not word.startswith(("evaluate.rel", "evaluate.comp"))]
+    assert call("run", *words, *on, *joint, f"record.dir={tmp_path / 'r'}").code == 0
+    [run] = load_runs(tmp_path / "r")
+
+    def values(some, metric):
+        return {row.value for row in some.rows if row.metric == metric} - {None}
+
+    for metric in ("relearned_old", "relearned_test", "compressed_old", "compressed_other"):
+        assert values(run, metric), metric
+    assert values(run, "inversion_success")
+    assert values(done["rome"], "inversion_success")
+    assert not values(done["leace"], "inversion_success")
+    notes = {r.note for r in done["leace"].rows if r.metric == "inversion_success"}
+    assert all("no weight was changed" in note for note in notes)

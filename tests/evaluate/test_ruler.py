@@ -10,10 +10,12 @@ from torch import Tensor
 
 from palimpsest.evaluate.downstream import Downstream
 from palimpsest.evaluate.recoverability import Recoverability
+from palimpsest.evaluate.relearning import Relearning
 from palimpsest.evaluate.ruler import Ruler, portraits
 from palimpsest.facts.dataset import DataSet
 from palimpsest.facts.fact import FactSet, Prompt
 from palimpsest.facts.splits import Splits, split
+from palimpsest.model.difference import Difference
 from palimpsest.model.forward import features, greedy
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change, Part, Policy, Position, Site
@@ -53,6 +55,7 @@ def ruler(tmp_path: Path) -> Ruler:
         Downstream(text=str(text), row_tokens=32),
         Recoverability(stride=2, least=4, folds=3),
         lens=None,
+        relearning=Relearning(steps=[0, 1]),
     )
 
 
@@ -331,6 +334,29 @@ def test_changes_that_know_where_the_prompt_ends_are_marked(
         told = [row for row in rows if row.axis == "recoverability" and row.value is not None]
         notes = {row.note for row in told}
         assert notes == {"oracle_gate", f"{UPSTREAM}; oracle_gate"}
+
+
+# -- attacks on weights ----------------------------------------------------------------------------
+
+
+def test_what_a_change_left_in_weights_reaches_the_attacks_on_them(
+    ruler: Ruler, model: ModelHandle, dealt: Splits
+) -> None:
+    """Every part is a section; sections do not depend on which were measured before."""
+    change, applied = CHANGES["batch"]
+    left, right = deltas(model)
+    written = (Difference(1, left[:1, None], right[:1, None]),)
+    baseline = ruler.prepare(model, dealt, 0)
+    with applied(model):
+        told = dict(ruler.sections(model, dealt, change, baseline, 0, written))
+        names = list(told)
+        backwards = {name: list(told[name]) for name in reversed(names)}
+        whole = list(ruler.measure(model, dealt, change, baseline, 0, written))
+    assert names[-3:] == ["relearning", "compression", "inversion"]
+    assert [row for name in names for row in backwards[name]] == whole
+    for name in names[-3:]:
+        assert any(row.value is not None for row in backwards[name]), name
+        assert {row.axis for row in backwards[name]} == {"recoverability"}
 
 
 # -- portraits -------------------------------------------------------------------------------------

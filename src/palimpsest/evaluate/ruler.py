@@ -1,7 +1,7 @@
 """The ruler that every method faces. It sees a model and facts, never a method."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import chain
@@ -11,11 +11,15 @@ import torch
 
 from palimpsest.evaluate.asking import withheld
 from palimpsest.evaluate.attacks import Attacks
+from palimpsest.evaluate.compression import Compression
 from palimpsest.evaluate.consistency import Consistency, Premises
 from palimpsest.evaluate.downstream import Downstream, ask_targets
+from palimpsest.evaluate.inversion import Inversion
 from palimpsest.evaluate.recoverability import Recoverability, Trained
+from palimpsest.evaluate.relearning import Relearning
 from palimpsest.evaluate.tuned_lens import Translator, TunedLens, lens_rows
 from palimpsest.facts.splits import Splits
+from palimpsest.model.difference import Difference
 from palimpsest.model.forward import greedy, next_token_logprobs
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change
@@ -47,6 +51,9 @@ class Ruler:
         consistency: whether it agrees with itself.
         attacks: what an attacker finds among so many candidates.
         lens: how the tuned lens is trained; None for none.
+        relearning: whether a little training on other facts brings the old objects back.
+        compression: whether rounding or pruning the weights does.
+        inversion: whether the changed weights alone tell the objects.
     """
 
     downstream: Downstream = field(default_factory=Downstream)
@@ -54,6 +61,9 @@ class Ruler:
     consistency: Consistency = field(default_factory=Consistency)
     attacks: Attacks = field(default_factory=Attacks)
     lens: TunedLens | None = field(default_factory=TunedLens)
+    relearning: Relearning = field(default_factory=Relearning)
+    compression: Compression = field(default_factory=Compression)
+    inversion: Inversion = field(default_factory=Inversion)
 
     def prepare(self, model: ModelHandle, facts: Splits, seed: int) -> Baseline:
         """Ask the unchanged model what the measurements are relative to."""
@@ -64,19 +74,40 @@ class Ruler:
         )
 
     def measure(
-        self, model: ModelHandle, facts: Splits, change: Change, baseline: Baseline, seed: int
+        self,
+        model: ModelHandle,
+        facts: Splits,
+        change: Change,
+        baseline: Baseline,
+        seed: int,
+        differences: Sequence[Difference] = (),
     ) -> Iterator[Row]:
         """Measure the model as it stands, the change applied.
 
         Rows of a change that knows where the subject or the prompt ends are marked `oracle_gate`.
         """
-        sections = self.sections(model, facts, change, baseline, seed)
+        sections = self.sections(model, facts, change, baseline, seed, differences)
         return chain.from_iterable(rows for _, rows in sections)
 
     def sections(
-        self, model: ModelHandle, facts: Splits, change: Change, baseline: Baseline, seed: int
+        self,
+        model: ModelHandle,
+        facts: Splits,
+        change: Change,
+        baseline: Baseline,
+        seed: int,
+        differences: Sequence[Difference] = (),
     ) -> Iterator[tuple[str, Iterator[Row]]]:
-        """The rows of `measure` by axis; an iterator that is not advanced computes nothing."""
+        """The rows of `measure` by section; an iterator that is not advanced computes nothing.
+
+        Args:
+            model: with the change applied.
+            facts: that are asked about.
+            change: what may be known of it.
+            baseline: of the unchanged model.
+            seed: of owners and orders.
+            differences: what the change left in weights, which an attacker may look at.
+        """
         answers = cache(lambda: ask_targets(model, facts))
         premises, trained, lenses = baseline.premises, baseline.trained, baseline.lenses
 
@@ -93,7 +124,17 @@ class Ruler:
             yield from lens_rows(partial(Row, axis="recoverability", scope=change.scope), lenses)
             yield from self.attacks.measure(model, facts, change, answers(), lenses)
 
-        for section in (downstream, consistency, recoverability, attacks):
+        def relearning() -> Iterator[Row]:
+            yield from self.relearning.measure(model, facts, change, answers(), seed)
+
+        def compression() -> Iterator[Row]:
+            yield from self.compression.measure(model, facts, change, seed)
+
+        def inversion() -> Iterator[Row]:
+            yield from self.inversion.measure(model, facts, change, differences)
+
+        told = (downstream, consistency, recoverability, attacks)
+        for section in (*told, relearning, compression, inversion):
             yield section.__name__, (_marked(row, change) for row in section())
 
     def along(

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from palimpsest.intervene.intervention import Intervention
+from palimpsest.model.difference import Difference, merged
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change
 
@@ -73,6 +74,10 @@ class Composition(Parts):
                 stack.enter_context(part.changing(handle))
             yield
 
+    def differences(self) -> tuple[Difference, ...]:
+        """The parts' differences, those of one layer summed up."""
+        return merged(each for part in self.parts for each in part.differences())
+
     def plus(self, other: Intervention) -> Intervention:
         """Part by part."""
         if not isinstance(other, Composition) or len(other.parts) != len(self.parts):
@@ -111,6 +116,10 @@ class History(Parts):
     def changing(self, handle: ModelHandle) -> AbstractContextManager[None]:
         """Apply the last state while the context lasts."""
         return self.parts[-1].changing(handle)
+
+    def differences(self) -> tuple[Difference, ...]:
+        """The last state's."""
+        return self.parts[-1].differences()
 
     def describe(self) -> dict[str, Any]:
         """With the steps."""

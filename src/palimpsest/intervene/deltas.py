@@ -12,6 +12,7 @@ from torch import Tensor
 from palimpsest.intervene.composition import joined
 from palimpsest.intervene.intervention import Intervention
 from palimpsest.model import offload
+from palimpsest.model.difference import Difference
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site
 from palimpsest.model.tokens import NOBODY
@@ -34,6 +35,11 @@ class OutDeltas(Intervention):
     @abstractmethod
     def matrix(self, fact: int) -> Tensor:
         """ΔW of one fact, `[d_model, d_mlp]` float32."""
+
+    @abstractmethod
+    @abstractmethod
+    def differences(self) -> tuple[Difference, ...]:
+        """ΔW in factors."""
 
     @abstractmethod
     def per_prompt(self, handle: ModelHandle) -> AbstractContextManager[None]:
@@ -68,6 +74,10 @@ class WeightDeltas(OutDeltas):
     def matrix(self, fact: int) -> Tensor:
         """ΔW of one fact, `[d_model, d_mlp]` float32."""
         return self.right[fact].T @ self.left[fact]
+
+    def differences(self) -> tuple[Difference, ...]:
+        """`left` and `right` of the layer."""
+        return (Difference(self.layer, self.left, self.right),)
 
     def plus(self, other: Intervention) -> Intervention:
         """Both sums in one; each delta keeps its own rows."""

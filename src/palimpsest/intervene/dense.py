@@ -10,6 +10,7 @@ from torch import Tensor
 from palimpsest.intervene.composition import joined
 from palimpsest.intervene.deltas import OutDeltas, responding
 from palimpsest.intervene.intervention import Intervention
+from palimpsest.model.difference import Difference
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.tokens import NOBODY
 
@@ -32,6 +33,11 @@ class DenseDeltas(OutDeltas):
     def matrix(self, fact: int) -> Tensor:
         """ΔW of one fact, `[d_model, d_mlp]` float32."""
         return self.delta[fact]
+
+    def differences(self) -> tuple[Difference, ...]:
+        """ΔW itself for the left factor, the identity for the right one."""
+        facts, width, _ = self.delta.shape
+        return (Difference(self.layer, self.delta, torch.eye(width).expand(facts, -1, -1)),)
 
     def plus(self, other: Intervention) -> Intervention:
         """The sum."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from palimpsest.errors import RequestError
 from palimpsest.facts.splits import Splits
 from palimpsest.files import atomic, write_json
+from palimpsest.model.difference import Difference
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change, Site
 from palimpsest.record.row import Row
@@ -61,6 +62,13 @@ class Intervention(ABC):
     @abstractmethod
     def changing(self, handle: ModelHandle) -> AbstractContextManager[None]:
         """Change the model while the context lasts; `applied` without its checks."""
+
+    def differences(self) -> tuple[Difference, ...]:
+        """W' − W, a difference for each layer whose W_out is changed; none if no weight is.
+
+        Of biases, and of what hooks do to states, nothing is told.
+        """
+        return ()
 
     @property
     def checkpoints(self) -> tuple[int, ...]:

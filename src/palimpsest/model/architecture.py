@@ -25,6 +25,7 @@ class Architecture:
         attention_readers: the matrices by which it reads it, from a block.
         mlp_norm: the norm whose output the MLP reads, from a block; in parallel blocks the same.
         mlp_readers: the matrices by which it reads it, from a block.
+        attention_out: attention's own output matrix, from a block.
         w_out: the MLP's second (output) matrix, from a block: ROME's site.
         final_norm: the norm after the last block, from the base model; a model may lack it.
         projection: what stands between that norm and the head, from the base model.
@@ -39,6 +40,7 @@ class Architecture:
     attention_readers: tuple[str, ...]
     mlp_norm: str
     mlp_readers: tuple[str, ...]
+    attention_out: str
     w_out: str
     final_norm: str
     projection: str | None = None
@@ -77,6 +79,7 @@ _LLAMA = Architecture(
     attention_readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     mlp_norm="post_attention_layernorm",
     mlp_readers=("mlp.gate_proj", "mlp.up_proj"),
+    attention_out="self_attn.o_proj",
     w_out="mlp.down_proj",
     final_norm="norm",
 )
@@ -93,6 +96,7 @@ TABLE: dict[str, Architecture] = {
         attention_readers=("self_attention.query_key_value",),
         mlp_norm="post_attention_layernorm",
         mlp_readers=("mlp.dense_h_to_4h",),
+        attention_out="self_attention.dense",
         w_out="mlp.dense_4h_to_h",
         final_norm="ln_f",
         norms_first=("apply_residual_connection_post_layernorm", False),
@@ -108,6 +112,7 @@ TABLE: dict[str, Architecture] = {
         attention_readers=("attn.c_attn",),
         mlp_norm="ln_2",
         mlp_readers=("mlp.c_fc",),
+        attention_out="attn.c_proj",
         w_out="mlp.c_proj",
         final_norm="ln_f",
     ),
@@ -119,6 +124,7 @@ TABLE: dict[str, Architecture] = {
         attention_readers=("attention.query_key_value",),
         mlp_norm="post_attention_layernorm",
         mlp_readers=("mlp.dense_h_to_4h",),
+        attention_out="attention.dense",
         w_out="mlp.dense_4h_to_h",
         final_norm="final_layer_norm",
     ),
@@ -130,6 +136,7 @@ TABLE: dict[str, Architecture] = {
         attention_readers=("attn.q_proj", "attn.k_proj", "attn.v_proj"),
         mlp_norm="ln_1",
         mlp_readers=("mlp.fc_in",),
+        attention_out="attn.out_proj",
         w_out="mlp.fc_out",
         final_norm="ln_f",
     ),
@@ -143,6 +150,7 @@ TABLE: dict[str, Architecture] = {
         attention_readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         mlp_norm="final_layer_norm",
         mlp_readers=("fc1",),
+        attention_out="self_attn.out_proj",
         w_out="fc2",
         final_norm="final_layer_norm",
         projection="project_out",
@@ -150,6 +158,7 @@ TABLE: dict[str, Architecture] = {
     ),
     "phi": replace(
         _LLAMA,
+        attention_out="self_attn.dense",
         mlp_norm="input_layernorm",
         mlp_readers=("mlp.fc1",),
         w_out="mlp.fc2",

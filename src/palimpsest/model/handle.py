@@ -239,6 +239,25 @@ class ModelHandle:
             found.append((weight, None if bare else offload.value(module, "bias")))
         return found
 
+    def writers(self, layer: int) -> list[nn.Parameter]:
+        """W_out and attention's output matrix of a layer: what writes to the residual stream."""
+        block = self.blocks[layer]
+        paths = (self.architecture.attention_out, self.architecture.w_out)
+        return [part(block, path).get_parameter("weight") for path in paths]
+
+    def matrices(self) -> list[Tensor]:
+        """Every linear weight of the blocks as `[out, in]`: views that write through.
+
+        Embeddings, head, norms and biases are none of them. As of `w_out`, offloaded ones are from
+        now on kept in CPU memory.
+        """
+        modules = [m for block in self.blocks for m in block.modules()]
+        linear = [m for m in modules if isinstance(m, nn.Linear | Conv1D)]
+        return [
+            _orient(m, offload.resident(m, "weight") if m.weight.is_meta else m.weight)
+            for m in linear
+        ]
+
     # -- text to tokens ---------------------------------------------------------------------------
 
     def encode(self, prompt: Spanned, completion: str = "", owner: int = NOBODY) -> Tokens:
