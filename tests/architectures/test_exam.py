@@ -8,6 +8,7 @@ from torch import Tensor
 
 from palimpsest.errors import RequestError
 from palimpsest.model.architecture import TABLE
+from palimpsest.model.borrowing import borrowed
 from palimpsest.model.forward import (
     capturing,
     features,
@@ -23,6 +24,9 @@ from palimpsest.model.sample import sample
 from palimpsest.model.site import EMBEDDING, NORMS, Part, Policy, Site
 from palimpsest.model.tokens import NOBODY, Batch, Tokens
 from tests.architectures.changes import LAYER, make_deltas, make_eraser, make_folded
+from palimpsest.model.site import EMBEDDING, Part, Policy, Site
+from palimpsest.model.tokens import NOBODY, Batch, Tokens, collate
+from tests.architectures.changes import LAYER, make_deltas, make_eraser
 from tests.architectures.tiny import (
     D_MLP,
     LAYERS,
@@ -54,6 +58,20 @@ def test_its_parts_are_found(name: str, handle: ModelHandle) -> None:
     assert handle.width == WIDTH
     wide = 4 * WIDTH if name == "bloom" else D_MLP
     assert [handle.w_out(layer).shape for layer in range(LAYERS)] == [(WIDTH, wide)] * LAYERS
+
+
+def test_what_writes_to_the_stream_is_found(handle: ModelHandle) -> None:
+    """Without both of a block's output matrices it adds nothing, but for biases."""
+    every = {weight.data_ptr() for weight in handle.matrices()}
+    found, sites = handle.writers(LAYER), [Site(LAYER, "mlp"), Site(LAYER, "attention")]
+    with torch.no_grad(), borrowed(handle, found, "exam"), capturing(handle, sites) as states:
+        for weight in found:
+            assert weight.dim() == 2
+            assert weight.data_ptr() in every
+            weight.zero_()
+        forward(handle, collate(ragged(), handle.device))
+    for state in states.values():
+        assert torch.allclose(state[0], state[0, :1].expand_as(state[0]), atol=1e-5)
 
 
 def test_w_out_takes_keys_to_values(handle: ModelHandle) -> None:
