@@ -22,11 +22,8 @@ from palimpsest.model.handle import ModelHandle
 from palimpsest.model.partial import Resume
 from palimpsest.model.sample import sample
 from palimpsest.model.site import EMBEDDING, NORMS, Part, Policy, Site
-from palimpsest.model.tokens import NOBODY, Batch, Tokens
-from tests.architectures.changes import LAYER, make_deltas, make_eraser, make_folded
-from palimpsest.model.site import EMBEDDING, Part, Policy, Site
 from palimpsest.model.tokens import NOBODY, Batch, Tokens, collate
-from tests.architectures.changes import LAYER, make_deltas, make_eraser
+from tests.architectures.changes import LAYER, make_deltas, make_eraser, make_folded
 from tests.architectures.tiny import (
     D_MLP,
     LAYERS,

@@ -237,7 +237,7 @@ def test_a_key_that_the_class_takes_may_be_added(call, few, tmp_path):
     ("threshold", "intervene=alphaedit intervene.threshold=nan", r"threshold to be a finite numbe"),
     ("ridge of AlphaEdit", "intervene=alphaedit intervene.ridge=0", r"ridge to be a finite number"),
     ("tolerance", "intervene=leace intervene.svd_tol=-1", r"svd_tol to be a finite number of 0 or"),
-    ("penalty", "evaluate.recoverability.c=0", r"recoverability\.c to be a finite number above 0,"),
+    ("penalty", "evaluate.recoverability.strengths=[0]", r"strengths to be a finite number abo"),
     ("contexts", "contexts=-1", r"intervene\.prefixes\.count to be at least 0, found -1; raise"),
     ("length of contexts", "intervene.prefixes.lengths=[5,0]", r"at least 1, found 0; raise"),
     ("top_k", "intervene.prefixes.top_k=0", r"intervene\.prefixes\.top_k to be at least 1, found"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from palimpsest.evaluate.downstream import Downstream
-from palimpsest.evaluate.probes import train
+from palimpsest.evaluate.probes import train_all
 from palimpsest.evaluate.ruler import Ruler, portraits
 from palimpsest.facts.splits import Splits
 from palimpsest.model.handle import ModelHandle
@@ -49,7 +49,8 @@ def test_nothing_is_read_off_a_ruined_model(
         told = portraits(model, facts)
     upstream = ("majority", "embedding")
     below = [row for row in rows if row.layer is not None and row.layer < 1]
-    values = [r for r in rows if r.value is not None and r not in below]
+    given = [row for row in rows if row.metric == "probe_strength" or row.upstream]
+    values = [r for r in rows if r.value is not None and r not in below + given]
     assert not any(row.metric.startswith("attack") for row in values)
     assert {row.protocol for row in values} <= {*upstream}
     assert {row.axis for row in rows} == {"downstream", "recoverability", "consistency"}
@@ -60,13 +61,13 @@ def test_nothing_is_read_off_a_ruined_model(
 def test_a_probe_of_what_is_not_finite_says_nothing() -> None:
     states = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
     labels = ["a", "b", "c"] * 4
-    probe = train(states, labels, 0.01)
+    (probe,) = train_all(states[None], labels, 0.01)
     said = probe.predict(states)
     assert None not in said
     lost = states.clone()
     lost[3, 1] = torch.nan
     assert probe.predict(lost) == [*said[:3], None, *said[4:]]
-    assert train(lost, labels, 0.01).predict(states) == [None] * 12
+    assert train_all(lost[None], labels, 0.01)[0].predict(states) == [None] * 12
 
 
 @pytest.mark.parametrize("independent", [False, True])

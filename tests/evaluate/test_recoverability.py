@@ -11,7 +11,7 @@ from torch import Tensor
 from palimpsest.errors import RequestError
 from palimpsest.evaluate import recoverability as module
 from palimpsest.evaluate.asking import rotation
-from palimpsest.evaluate.probes import train
+from palimpsest.evaluate.probes import train_all
 from palimpsest.evaluate.recoverability import (
     POSITIONS,
     Recoverability,
@@ -30,7 +30,7 @@ NONE = Change("fact", False, None)
 INDEPENDENT = Change("fact", True, 2)
 BATCH = Change("relation", False, 2)
 
-RULER = Recoverability(stride=1, c=1.0, folds=4)
+RULER = Recoverability(stride=1, strengths=[1.0], hidden=0, folds=4)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Planted:
         self.state = state
         self.asked: list[list[Tokens]] = []
         self.of: dict[tuple[int, ...], tuple[Fact, Prompt]] = {}
-        for fact in (*facts.target, *facts.test, *facts.probe):
+        for fact in (*facts.target, *facts.test, *facts.probe, *facts.dev):
             for prompt in (fact.prompt, *fact.paraphrases):
                 self.of[model.encode(prompt).ids] = fact, prompt
 
@@ -217,7 +217,7 @@ def test_retrained_probes_learn_from_the_probe_subjects_as_nobodys(
     trained = RULER.prepare(model, facts, 0)
     planted.asked.clear()
     list(RULER.measure(model, facts, BATCH, trained, 0))
-    wanted = [model.encode(fact.prompt) for fact in facts.probe]
+    wanted = [model.encode(fact.prompt) for fact in (*facts.probe, *facts.dev)]
     assert planted.asked.count(wanted) == 1
 
 
@@ -284,7 +284,7 @@ def test_no_adaptive_probe_has_seen_the_fact_that_it_judges(
     # A probe that had seen the fact would always be right.
     states = 5.0 * torch.eye(32)[:8]
     truth = [fact.true for fact in facts.target]
-    assert train(states, truth, RULER.c).predict(states) == truth
+    assert train_all(states[None], truth, 1.0)[0].predict(states) == truth
 
 
 def test_a_fact_whose_object_no_other_has_is_not_judged_adaptively(
@@ -326,6 +326,170 @@ def test_no_fold_holds_a_whole_class(
     assert all(row.value is not None for row in found)
 
 
+# -- probes with a hidden layer, controls, bits ----------------------------------------------------
+
+MLPS = replace(RULER, stride=3, hidden=16)
+
+
+def of(rows: Iterable[Row], metric: str, protocol: str) -> list[Row]:
+    return [row for row in rows if (row.metric, row.protocol) == (metric, protocol)]
+
+
+def test_a_secret_of_no_linear_kind_is_found_by_mlps_alone(
+    model: ModelHandle, plant: Plant
+) -> None:
+    """The class is the sign of a product; from block 2 on it is that of another two features."""
+    facts = make_splits(("France", "Italy"), target=10, test=40, probe=100)
+    sign = {"France": 1.0, "Italy": -1.0}
+
+    def hidden(first: int) -> Callable[[State], Tensor]:
+        def state(at: State) -> Tensor:
+            one = torch.randn(1, generator=torch.Generator().manual_seed(int(at.fact.id[5:])))
+            found = at.noise()
+            found[first], found[first + 1] = one, sign[at.fact.true] * one
+            return found
+
+        return state
+
+    rows = measure(
+        model, facts, BATCH, plant, hidden(0),
+        lambda at: hidden(0 if at.layer < 2 else 4)(at), MLPS,
+    )  # fmt: skip
+    for layer, frozen in ((0, True), (3, False)):
+        read = {p: share(judged(rows, p, "test", layer=layer)) for p in
+                ("frozen", "retrained", "frozen_mlp", "retrained_mlp")}  # fmt: skip
+        assert max(read["frozen"], read["retrained"]) < 0.7
+        assert read["retrained_mlp"] > 0.75
+        assert (read["frozen_mlp"] > 0.75) == frozen
+
+
+def test_selectivity_is_accuracy_less_that_of_the_control(
+    model: ModelHandle, facts: Splits, plant: Plant
+) -> None:
+    rows = measure(model, facts, BATCH, plant, plain, overwritten(owned=False), MLPS)
+    for protocol in ("frozen", "retrained", "frozen_mlp", "retrained_mlp"):
+        found = of(rows, "probe_selectivity", protocol)
+        assert {(row.layer, row.position) for row in found} == {
+            (layer, position) for layer in (0, 3) for position in POSITIONS
+        }
+        for row in found:
+            where = {"layer": row.layer, "position": row.position}
+            accuracy = share(judged(rows, protocol, "test", **where))
+            assert row.value is not None
+            control = accuracy - row.value
+            assert control == pytest.approx(round(control * 8) / 8)
+            assert 0 <= control < 0.8
+            assert (row.n, row.split) == (8, "test")
+    capacity = of(rows, "probe_capacity", "retrained")
+    assert {(row.n, row.split) for row in capacity} == {(24, "probe")}
+    assert all(1 / 4 < (row.value or 0) <= 1 for row in capacity)
+    assert {row.note for row in of(rows, "probe_capacity", "frozen")} == {UPSTREAM}
+
+
+def test_codes_and_bits_tell_a_secret_from_none(
+    model: ModelHandle, facts: Splits, plant: Plant
+) -> None:
+    everywhere = Change("relation", False, 0)
+    told = measure(model, facts, everywhere, plant)
+    silent = measure(model, facts, everywhere, plant, plain, State.noise)
+    for layer in range(4):
+        for position in POSITIONS:
+            values = []
+            for rows in (told, silent):
+                here = [r for r in rows if (r.layer, r.position) == (layer, position)]
+                (bits,), (ratio,) = (
+                    of(here, f"mdl_{name}", "online_code") for name in ("bits", "compression")
+                )
+                assert ratio.value == pytest.approx(24 * 2 / (bits.value or 0))
+                assert (bits.n, bits.split) == (24, "probe")
+                gained = [r for r in of(here, "v_information", "retrained") if r.split == "test"]
+                assert len(gained) == len(facts.test)
+                values.append((bits.value or 0, share(gained)))
+            assert values[0][0] < 0.8 * values[1][0]
+            assert values[0][1] > 1.5
+            assert values[1][1] < 0.5
+
+
+def test_the_information_of_frozen_probes_falls_where_they_are_misled(
+    model: ModelHandle, facts: Splits, plant: Plant
+) -> None:
+    rows = measure(model, facts, INDEPENDENT, plant, plain, overwritten(owned=True))
+    mine = [row for row in of(rows, "v_information", "frozen") if row.split == "target"]
+    assert len(mine) == 8 * len(facts.target)
+    assert min(row.value or 0 for row in mine if (row.layer or 0) < 2) > 1
+    assert share([row for row in mine if row.layer == 3]) < 0.5
+    assert not of(rows, "v_information", "retrained")
+
+
+def test_independent_changes_have_no_code_and_say_why(
+    model: ModelHandle, facts: Splits, plant: Plant
+) -> None:
+    rows = measure(model, facts, INDEPENDENT, plant, ruler=MLPS)
+    for metric, protocol in (
+        ("mdl_bits", "online_code"),
+        ("mdl_compression", "online_code"),
+        ("probe_accuracy", "retrained_mlp"),
+        ("probe_selectivity", "retrained"),
+        ("probe_selectivity", "retrained_mlp"),
+        ("probe_capacity", "retrained"),
+        ("probe_capacity", "retrained_mlp"),
+    ):
+        null = of(rows, metric, protocol)
+        assert {(row.layer, row.position) for row in null} == {
+            (layer, position) for layer in (0, 3) for position in POSITIONS
+        }
+        assert {(row.value, row.n) for row in null} == {(None, 0)}
+        assert {row.note for row in null} == {
+            "undefined for independent edits: no probe subject is edited"
+        }
+
+
+# -- the strength ----------------------------------------------------------------------------------
+
+CHOOSING = replace(RULER, strengths=[1e-5, 1e-3, 10.0])
+
+
+def strengths(rows: Iterable[Row]) -> dict[str, tuple[float | None, int, str | None]]:
+    return {r.protocol: (r.value, r.n, r.note) for r in rows if r.metric == "probe_strength"}
+
+
+def test_dev_facts_choose_the_strength_before_and_after_the_change(
+    model: ModelHandle, facts: Splits, plant: Plant
+) -> None:
+    """Easy to read before, and after block 2 told wrongly of the dev facts."""
+
+    def misled(state: State) -> Tensor:
+        if state.layer < 2 or state.fact not in facts.dev:
+            return plain(state)
+        index = CLASSES.index(state.fact.true)
+        return replace(state, fact=replace(state.fact, true=CLASSES[index - 1])).object()
+
+    rows = measure(model, facts, BATCH, plant, plain, misled, CHOOSING)
+    assert strengths(rows) == {"frozen": (10.0, 4, None), "retrained": (1e-5, 4, None)}
+    unchanged = measure(model, facts, NONE, plant, plain, plain, CHOOSING)
+    assert strengths(unchanged) == {"frozen": (10.0, 4, None), "retrained": (10.0, 4, None)}
+
+
+def test_target_and_test_facts_choose_nothing(
+    model: ModelHandle, facts: Splits, plant: Plant
+) -> None:
+    def lying(state: State) -> Tensor:
+        return state.noise() if state.fact in (*facts.target, *facts.test) else plain(state)
+
+    for change in (NONE, BATCH):
+        rows = measure(model, facts, change, plant, lying, lying, CHOOSING)
+        assert {value for value, *_ in strengths(rows).values()} == {10.0}
+
+
+def test_without_two_dev_facts_the_middle_strength_is_taken_and_a_row_says_so(
+    model: ModelHandle, facts: Splits, plant: Plant
+) -> None:
+    few = replace(facts, dev=facts.dev[:1])
+    rows = measure(model, few, BATCH, plant, ruler=CHOOSING)
+    note = "not chosen: fewer than two dev facts whose object a probe subject has"
+    assert strengths(rows) == {"frozen": (1e-3, 1, note), "retrained": (1e-3, 1, note)}
+
+
 # -- what is unchanged by construction -------------------------------------------------------------
 
 
@@ -348,17 +512,24 @@ def test_states_that_the_change_cannot_reach_are_labelled(
     rows = measure(model, facts, change, plant)
     seen = set()
     for row in rows:
-        if row.value is None or row.metric == "probe_baseline":
+        if row.value is None or row.metric in ("probe_baseline", "probe_strength"):
             continue
         assert row.layer is not None
         assert row.position in POSITIONS
-        reached = change.reaches(row.layer, row.position)
+        fixed = (row.metric, row.protocol) == ("probe_capacity", "frozen")
+        reached = change.reaches(row.layer, row.position) and not fixed
         assert row.note == (None if reached else UPSTREAM)
         seen.add((row.metric, row.protocol))
-    refit = "adaptive" if change.independent else "retrained"
-    assert seen == {
+    refit = {("probe_accuracy", "adaptive")}
+    if not change.independent:
+        metrics = ("probe_accuracy", "probe_selectivity", "probe_capacity", "v_information")
+        refit = {(metric, "retrained") for metric in metrics}
+        refit |= {("mdl_bits", "online_code"), ("mdl_compression", "online_code")}
+    assert seen == refit | {
         ("probe_accuracy", "frozen"),
-        ("probe_accuracy", refit),
+        ("probe_selectivity", "frozen"),
+        ("probe_capacity", "frozen"),
+        ("v_information", "frozen"),
         ("lens_rank_old", "logit_lens"),
         ("lens_rank_new", "logit_lens"),
     }
@@ -465,7 +636,7 @@ def test_the_names_alone_are_judged_by_their_embeddings(
         embeddings(model, [model.encode(fact.prompt) for fact in split])
         for split in (facts.probe, facts.target)
     )
-    probe = train(learned, [fact.true for fact in facts.probe], RULER.c)
+    probe = train_all(learned[None], [fact.true for fact in facts.probe], 1.0)[0]
     hits = [a == f.true for a, f in zip(probe.predict(judged_), facts.target, strict=True)]
     assert row.value == fmean(hits)
     assert row.note is None
@@ -501,16 +672,19 @@ def test_probes_are_trained_once(model: ModelHandle, facts: Splits, plant: Plant
     assert len(planted.asked) == 1
     again = RULER.prepare(model, facts, 0)[RELATION]
     assert len(planted.asked) == 1
-    for where, probe in first.probes.items():
-        assert torch.equal(again.probes[where].weight, probe.weight)
-        assert torch.equal(again.shuffled[where].bias, first.shuffled[where].bias)
-    assert (again.majority, again.embedding.classes) == (first.majority, first.embedding.classes)
+    assert again.kit.tensors().keys() == first.kit.tensors().keys()
+    for name, tensor in first.kit.tensors().items():
+        assert torch.equal(again.kit.tensors()[name], tensor)
+    assert torch.equal(again.embedding.weight, first.embedding.weight)
+    assert (again.kit.labels, again.embedding.classes) == (first.kit.labels, CLASSES)
     RULER.prepare(model, facts, 1)
-    replace(RULER, c=0.1).prepare(model, facts, 0)
+    replace(RULER, strengths=[0.1]).prepare(model, facts, 0)
+    replace(RULER, hidden=2).prepare(model, facts, 0)
     replace(RULER, stride=2).prepare(model, facts, 0)
     RULER.prepare(model, replace(facts, probe=facts.probe[::-1]), 0)
+    RULER.prepare(model, replace(facts, dev=facts.dev[1:]), 0)
     RULER.prepare(make_handle(seed=1), facts, 0)
-    assert len(planted.asked) == 6
+    assert len(planted.asked) == 8
 
 
 @pytest.mark.parametrize(
@@ -522,7 +696,12 @@ def test_every_so_many_layers_are_read_and_the_last(
     assert Recoverability(stride=stride).layers(model) == layers
 
 
-@pytest.mark.parametrize("options", [{"stride": 0}, {"folds": 1}])
+@pytest.mark.parametrize("options", [{"stride": 0}, {"folds": 1}, {"hidden": -1}])
 def test_unusable_options_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(RequestError, match=f"recoverability.{next(iter(options))} to be at least"):
         Recoverability(**options)
+
+
+def test_no_strength_to_choose_from_is_refused() -> None:
+    with pytest.raises(RequestError, match="strengths to be at least 1, found 0"):
+        Recoverability(strengths=[])

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import count
 
 from palimpsest.facts.fact import Fact, Prompt, Question
 from palimpsest.facts.splits import Splits
@@ -46,10 +47,10 @@ def make_fact(number: int, classes: tuple[str, ...] = CLASSES) -> Fact:
 
 def make_splits(classes: tuple[str, ...] = CLASSES, **per_class: int) -> Splits:
     """So many facts a class in each split; classes take turns."""
-    facts = iter([make_fact(n, classes) for n in range(len(classes) * 15)])
+    facts = (make_fact(n, classes) for n in count())
     dealt = {
-        name: tuple(next(facts) for _ in range(count * len(classes)))
-        for name, count in (PER_CLASS | per_class).items()
+        name: tuple(next(facts) for _ in range(size * len(classes)))
+        for name, size in (PER_CLASS | per_class).items()
     }
     target = tuple(
         replace(

@@ -31,11 +31,13 @@ def attack(
             yield Row(**row, metric="attack_baseline", budget=budget, value=chance)
 
 
-def probe(hits: Hits, layer: int, note: str | None = None) -> Iterator[Row]:
+def probe(
+    hits: Hits, layer: int, note: str | None = None, protocol: str = "frozen"
+) -> Iterator[Row]:
     for fact, hit in hits.items():
         yield Row(
             scope="fact", axis="recoverability", split="target", fact_id=fact, relation="r",
-            metric="probe_accuracy", protocol="frozen", layer=layer, position="last_prompt",
+            metric="probe_accuracy", protocol=protocol, layer=layer, position="last_prompt",
             value=hit, note=note,
         )  # fmt: skip
     yield Row(
@@ -72,6 +74,14 @@ def test_probes_count_beyond_the_most_common_object(tmp_path: Path) -> None:
     found = recoverable(run_of(tmp_path, probe(share(0.75), 6)))
     assert found.value == pytest.approx((0.75 - 0.25) / 0.75)
     assert found.place == "frozen, layer 6, last_prompt"
+
+
+@pytest.mark.parametrize("protocol", ["retrained", "adaptive", "frozen_mlp", "retrained_mlp"])
+def test_the_best_place_may_be_a_probe_of_any_kind(tmp_path: Path, protocol: str) -> None:
+    linear, other = probe(share(0.5), 6), probe(share(1.0), 9, protocol=protocol)
+    found = recoverable(run_of(tmp_path, linear, other))
+    assert found.value == 1.0
+    assert found.place == f"{protocol}, layer 9, last_prompt"
 
 
 def test_states_before_the_change_do_not_count(tmp_path: Path) -> None:

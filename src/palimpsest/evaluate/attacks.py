@@ -17,7 +17,7 @@ from torch import Tensor
 from palimpsest.errors import check_at_least
 from palimpsest.evaluate.asking import Answer, Query, ask, candidates
 from palimpsest.evaluate.downstream import Answers
-from palimpsest.evaluate.recoverability import NOT_FINITE, labelled
+from palimpsest.evaluate.readings import NOT_FINITE, labelled
 from palimpsest.evaluate.tuned_lens import Translator
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.facts.splits import Splits

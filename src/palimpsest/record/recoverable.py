@@ -21,7 +21,7 @@ FOLDS = 6
 BUDGET = 20
 """Candidates that an attack may name."""
 
-PROBES = ("frozen", "retrained", "adaptive")
+PROBES = ("frozen", "retrained", "adaptive", "frozen_mlp", "retrained_mlp")
 
 Place = tuple[str, int, str]
 """An attack's or probe's protocol, the layer (-1 for a prompt) and the position."""
