@@ -10,10 +10,10 @@ import torch
 from palimpsest.errors import RequestError
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.locate.corruption import noise, other_subjects, subject_spread
-from palimpsest.locate.positions import GROUPS, group_of
 from palimpsest.locate.tracing import Trace, Tracing
 from palimpsest.model.forward import next_token_logprobs
 from palimpsest.model.handle import ModelHandle
+from palimpsest.model.positions import GROUPS, group_of
 from palimpsest.model.tokens import Tokens
 from tests.locate import literal_trace
 from tests.model.tiny import KINDS, SENTENCES, make_handle

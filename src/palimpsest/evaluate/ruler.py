@@ -18,6 +18,7 @@ from palimpsest.evaluate.inversion import Inversion
 from palimpsest.evaluate.recoverability import Recoverability, Trained
 from palimpsest.evaluate.relearning import Relearning
 from palimpsest.evaluate.tuned_lens import Translator, TunedLens, lens_rows
+from palimpsest.evaluate.undertext import Readers, Undertext
 from palimpsest.facts.splits import Splits
 from palimpsest.model.difference import Difference
 from palimpsest.model.forward import greedy, next_token_logprobs
@@ -34,11 +35,13 @@ class Baseline:
         trained: frozen probes and their baselines, by relation.
         premises: which second hops the model answers.
         lenses: translators of its states, by layer.
+        readers: probes of every layer and token group, by relation.
     """
 
     trained: Mapping[str, Trained]
     premises: Premises
     lenses: Mapping[int, Translator]
+    readers: Mapping[str, Readers]
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Ruler:
         consistency: whether it agrees with itself.
         attacks: what an attacker finds among so many candidates.
         lens: how the tuned lens is trained; None for none.
+        undertext: at which tokens and layers the objects are legible.
         relearning: whether a little training on other facts brings the old objects back.
         compression: whether rounding or pruning the weights does.
         inversion: whether the changed weights alone tell the objects.
@@ -61,6 +65,7 @@ class Ruler:
     consistency: Consistency = field(default_factory=Consistency)
     attacks: Attacks = field(default_factory=Attacks)
     lens: TunedLens | None = field(default_factory=TunedLens)
+    undertext: Undertext = field(default_factory=Undertext)
     relearning: Relearning = field(default_factory=Relearning)
     compression: Compression = field(default_factory=Compression)
     inversion: Inversion = field(default_factory=Inversion)
@@ -71,6 +76,7 @@ class Ruler:
             self.recoverability.prepare(model, facts, seed),
             self.consistency.prepare(model, facts),
             {} if self.lens is None else self.lens.train(model, self.attacks.layers(model)),
+            self.undertext.prepare(model, facts),
         )
 
     def measure(
@@ -133,7 +139,10 @@ class Ruler:
         def inversion() -> Iterator[Row]:
             yield from self.inversion.measure(model, facts, change, differences)
 
-        told = (downstream, consistency, recoverability, attacks)
+        def undertext() -> Iterator[Row]:
+            yield from self.undertext.measure(model, facts, change, baseline.readers)
+
+        told = (downstream, consistency, recoverability, attacks, undertext)
         for section in (*told, relearning, compression, inversion):
             yield section.__name__, (_marked(row, change) for row in section())
 

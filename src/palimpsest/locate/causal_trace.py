@@ -7,9 +7,9 @@ from typing import Any
 
 from palimpsest.errors import RequestError
 from palimpsest.locate.locator import Evidence, Located, Locator, best, site
-from palimpsest.locate.positions import Group
 from palimpsest.locate.tracing import Kind, Trace, Tracing
 from palimpsest.model.handle import ModelHandle
+from palimpsest.model.positions import Group
 from palimpsest.model.site import check_choice
 
 

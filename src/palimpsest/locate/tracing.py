@@ -24,12 +24,12 @@ from palimpsest.errors import RequestError, check_at_least
 from palimpsest.facts.fact import Fact
 from palimpsest.files import cached_tensors
 from palimpsest.locate.corruption import NO_OTHER, noise, other_subjects, subject_spread
-from palimpsest.locate.positions import Group, group_of
 from palimpsest.model.corruption import corrupted
 from palimpsest.model.forward import capturing, logits
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.memory import within_memory
 from palimpsest.model.partial import Capture
+from palimpsest.model.positions import Group, group_of, places
 from palimpsest.model.site import Part, Site, check_choice
 from palimpsest.model.tokens import NOBODY, Tokens, collate
 from palimpsest.record.row import Row
@@ -232,10 +232,7 @@ class Tracing:
         whole = tuple(range(row.subject[0], row.prompt))
         if self.tokens == "all":
             return whole
-        groups: dict[Group, list[int]] = {}
-        for place in whole:
-            groups.setdefault(group_of(row, place), []).append(place)
-        return tuple(sorted(group[len(group) // 2] for group in groups.values()))
+        return tuple(sorted(places(row).values()))
 
     def _found(
         self, model: ModelHandle, rows: Sequence[Tokens], shifts: Sequence[Sequence[Tensor]]

@@ -58,8 +58,6 @@ def run_to(handle: ModelHandle, batch: Batch, layer: int) -> None:
             return
 
 
-@within_memory
-@torch.no_grad()
 def features(
     handle: ModelHandle,
     rows: Sequence[Tokens],
@@ -73,12 +71,34 @@ def features(
         double precision). The layer `EMBEDDING` stands for the input of the first block. Only the
         layers up to the highest site are run.
     """
+    return states_at(handle, rows, sites, [[row.at(p) for row in rows] for p in positions])
+
+
+@within_memory
+@torch.no_grad()
+def states_at(
+    handle: ModelHandle,
+    rows: Sequence[Tokens],
+    sites: Sequence[Site],
+    places: Sequence[Sequence[int]],
+) -> Tensor:
+    """States at sites and at tokens counted in each row.
+
+    Args:
+        handle: the model.
+        rows: prompts.
+        sites: where in the model.
+        places: lists of one token a row.
+
+    Returns:
+        `[len(sites), len(places), len(rows), d_model]`, as of `features`.
+    """
     dtype = torch.promote_types(handle.model.dtype, torch.float32)
-    out = torch.empty(len(sites), len(positions), len(rows), handle.width, dtype=dtype)
+    out = torch.empty(len(sites), len(places), len(rows), handle.width, dtype=dtype)
     top = max(site.layer for site in sites)
     for group in batches(rows, handle.batch_size):
         batch = collate([rows[i] for i in group], handle.device)
-        index = torch.tensor([[rows[i].at(p) for i in group] for p in positions])
+        index = torch.tensor([[at[i] for i in group] for at in places])
         with capturing(handle, sites) as states:
             run_to(handle, batch, max(top, 0))
         for s, site in enumerate(sites):

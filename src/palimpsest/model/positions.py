@@ -35,3 +35,16 @@ def group_of(row: Tokens, place: int) -> Group:
     if place == row.prompt - 1:
         return "last_prompt"
     return "first_subsequent" if place == last + 1 else "further"
+
+
+def places(row: Tokens) -> dict[Group, int]:
+    """One token of each group that a prompt has, the middle one of several.
+
+    Raises:
+        ValueError: the prompt holds no subject.
+    """
+    found: dict[Group, list[int]] = {}
+    first = -1 if row.subject is None else row.subject[0]
+    for place in range(first, row.prompt):
+        found.setdefault(group_of(row, place), []).append(place)
+    return {group: several[len(several) // 2] for group, several in found.items()}

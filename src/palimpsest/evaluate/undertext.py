@@ -1,0 +1,194 @@
+"""The undertext: at which tokens and layers the old and the new object are legible.
+
+A palimpsest's map: a linear probe of its own reads every layer at every group of tokens from the
+subject on.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from palimpsest.errors import check_at_least, check_number
+from palimpsest.evaluate.probes import Probe, train_all
+from palimpsest.evaluate.readings import NOT_FINITE
+from palimpsest.facts.fact import Fact
+from palimpsest.facts.splits import Splits
+from palimpsest.files import cached_tensors
+from palimpsest.model.forward import states_at
+from palimpsest.model.handle import ModelHandle
+from palimpsest.model.positions import GROUPS, Group, places
+from palimpsest.model.site import Change, Site
+from palimpsest.model.tokens import NOBODY
+from palimpsest.record.row import UPSTREAM, Row
+
+Readers = Mapping[Group, Sequence[Probe]]
+"""Probes by token group, one a layer."""
+
+NO_GROUP = "too few prompts have such a token"
+
+
+@dataclass(frozen=True)
+class Undertext:
+    """Probes of every layer and token group, trained on the probe subjects.
+
+    They are trained anew on a model that is changed for all; on independent edits, which change no
+    probe subject, those of the unchanged model are laid.
+
+    Attributes:
+        stride: every how many layers; the last always is; 0 for no map.
+        strength: inverse strength of the probes' L2 penalty.
+        least: probe subjects a class that a relation needs, on average, and of a token group too.
+    """
+
+    stride: int = 3
+    strength: float = 0.01
+    least: int = 5
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            RequestError: one is out of its range.
+        """
+        check_at_least("evaluate.undertext.stride", self.stride, 0)
+        check_at_least("evaluate.undertext.least", self.least, 1)
+        check_number("evaluate.undertext.strength", self.strength, above=0)
+
+    def layers(self, model: ModelHandle) -> list[int]:
+        """The layers of the map."""
+        return sorted({*range(0, model.n_layers, self.stride), model.n_layers - 1})
+
+    # -- on the unchanged model -------------------------------------------------------------------
+
+    def prepare(self, model: ModelHandle, facts: Splits) -> dict[str, Readers]:
+        """Probes of each relation that has enough subjects, from the cache or trained."""
+        found = {}
+        for relation in sorted({fact.relation for fact in facts.target}) if self.stride else ():
+            sample = [fact for fact in facts.probe if fact.relation == relation]
+            classes = len({fact.true for fact in sample})
+            if classes >= 2 and len(sample) >= self.least * classes:
+                found[relation] = self._cached(model, sample)
+        return found
+
+    def _cached(self, model: ModelHandle, sample: Sequence[Fact]) -> Readers:
+        key = {
+            "version": 1,
+            "model": model.state,
+            "prefix": model.prefix,
+            "layers": self.layers(model),
+            "strength": self.strength,
+            "least": self.least,
+            "facts": [[f.prompt.text, f.prompt.span, f.true] for f in sample],
+        }
+
+        def make() -> dict[str, Tensor]:
+            trained = self._trained(model, sample)
+            return {
+                f"{group}/{part}": torch.stack([getattr(probe, part) for probe in probes])
+                for group, probes in trained.items()
+                for part in ("weight", "bias")
+            }
+
+        tensors, names = cached_tensors("undertext", key, make), _objects(sample)
+        return {
+            group: [
+                Probe(weight, bias, names)
+                for weight, bias in zip(
+                    tensors[f"{group}/weight"], tensors[f"{group}/bias"], strict=True
+                )
+            ]
+            for group in GROUPS
+            if f"{group}/weight" in tensors
+        }
+
+    def _trained(self, model: ModelHandle, sample: Sequence[Fact]) -> Readers:
+        """Probes of the token groups that enough subjects of every class have."""
+        names, found = _objects(sample), {}
+        for group, (states, members) in self._states(model, sample).items():
+            labels = [sample[n].true for n in members]
+            if set(labels) == set(names) and len(labels) >= self.least * len(names):
+                found[group] = train_all(states, labels, self.strength)
+        return found
+
+    def _states(
+        self, model: ModelHandle, facts: Sequence[Fact], owners: Sequence[int] | None = None
+    ) -> dict[Group, tuple[Tensor, list[int]]]:
+        """States `[layers, members, d_model]` by token group, and which facts have it."""
+        owned = owners or [NOBODY] * len(facts)
+        rows = [model.encode(f.prompt, owner=o) for f, o in zip(facts, owned, strict=True)]
+        spots = [places(row) for row in rows]
+        sites = [Site(layer) for layer in self.layers(model)]
+        taken = [[spot.get(group, 0) for spot in spots] for group in GROUPS]
+        states = states_at(model, rows, sites, taken)
+        members = {g: [n for n, spot in enumerate(spots) if g in spot] for g in GROUPS}
+        return {g: (states[:, i][:, members[g]], members[g]) for i, g in enumerate(GROUPS)}
+
+    # -- on the changed model ---------------------------------------------------------------------
+
+    def measure(
+        self, model: ModelHandle, facts: Splits, change: Change, prepared: Mapping[str, Readers]
+    ) -> Iterator[Row]:
+        """Rows `legibility_old` and `legibility_new`, one a layer and token group of each relation.
+
+        Args:
+            model: as it stands, the change applied.
+            facts: all splits.
+            change: what the ruler may know of it.
+            prepared: probes of the unchanged model, by relation.
+        """
+        row = partial(Row, axis="recoverability", scope=change.scope, split="target")
+        for relation, frozen in prepared.items():
+            owned = {n: f for n, f in enumerate(facts.target) if f.relation == relation}
+            sample = [fact for fact in facts.probe if fact.relation == relation]
+            anew = not change.independent and change.layer is not None
+            probes = self._trained(model, sample) if anew else frozen
+            protocol = "frozen" if change.independent else "retrained"
+            named = partial(row, relation=relation, protocol=protocol)
+            yield from self._told(named, model, owned, change, probes)
+
+    def _told(
+        self,
+        row: partial[Row],
+        model: ModelHandle,
+        owned: Mapping[int, Fact],
+        change: Change,
+        probes: Readers,
+    ) -> Iterator[Row]:
+        target = list(owned.values())
+        for group, (states, members) in self._states(model, target, list(owned)).items():
+            asked = [target[n] for n in members if target[n].id not in change.failed]
+            kept = [i for i, n in enumerate(members) if target[n].id not in change.failed]
+            for number, layer in enumerate(self.layers(model)):
+                at = partial(row, layer=layer, position=group)
+                if group not in probes or not asked:
+                    yield from _nothing(at, NO_GROUP)
+                    continue
+                guesses = probes[group][number].predict(states[number][kept])
+                for each in _shares(at, guesses, asked):
+                    upstream = each.value is not None and not change.reaches(layer, "last_prompt")
+                    yield replace(each, note=UPSTREAM) if upstream else each
+
+
+def _objects(sample: Sequence[Fact]) -> tuple[str, ...]:
+    return tuple(sorted({fact.true for fact in sample}))
+
+
+def _shares(
+    at: partial[Row], guesses: Sequence[str | None], facts: Sequence[Fact]
+) -> Iterator[Row]:
+    """The shares of facts whose old object, and whose new one, the probe names."""
+    if None in guesses:
+        yield from _nothing(at, NOT_FINITE)
+        return
+    at = partial(at, n=len(facts))
+    pairs = list(zip(guesses, facts, strict=True))
+    yield at(metric="legibility_old", value=sum(g == f.true for g, f in pairs) / len(facts))
+    yield at(metric="legibility_new", value=sum(g == f.new for g, f in pairs) / len(facts))
+
+
+def _nothing(at: partial[Row], cause: str) -> Iterator[Row]:
+    for metric in ("legibility_old", "legibility_new"):
+        yield at(metric=metric, value=None, n=0, note=cause)
