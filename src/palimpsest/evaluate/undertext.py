@@ -107,24 +107,28 @@ class Undertext:
     def _trained(self, model: ModelHandle, sample: Sequence[Fact]) -> Readers:
         """Probes of the token groups that enough subjects of every class have."""
         names, found = _objects(sample), {}
-        for group, (states, members) in self._states(model, sample).items():
-            labels = [sample[n].true for n in members]
+        for group, each in self._states(model, sample).items():
+            labels = [sample[n].true for n in each.members]
             if set(labels) == set(names) and len(labels) >= self.least * len(names):
-                found[group] = train_all(states, labels, self.strength)
+                found[group] = train_all(each.states, labels, self.strength)
         return found
 
     def _states(
         self, model: ModelHandle, facts: Sequence[Fact], owners: Sequence[int] | None = None
-    ) -> dict[Group, tuple[Tensor, list[int]]]:
-        """States `[layers, members, d_model]` by token group, and which facts have it."""
+    ) -> "dict[Group, _Found]":
+        """The states of the facts' prompts, by token group."""
         owned = owners or [NOBODY] * len(facts)
         rows = [model.encode(f.prompt, owner=o) for f, o in zip(facts, owned, strict=True)]
         spots = [places(row) for row in rows]
         sites = [Site(layer) for layer in self.layers(model)]
         taken = [[spot.get(group, 0) for spot in spots] for group in GROUPS]
         states = states_at(model, rows, sites, taken)
-        members = {g: [n for n, spot in enumerate(spots) if g in spot] for g in GROUPS}
-        return {g: (states[:, i][:, members[g]], members[g]) for i, g in enumerate(GROUPS)}
+        found = {}
+        for i, group in enumerate(GROUPS):
+            members = [n for n, spot in enumerate(spots) if group in spot]
+            ends = any(spots[n][group] == rows[n].prompt - 1 for n in members)
+            found[group] = _Found(states[:, i][:, members], members, ends)
+        return found
 
     # -- on the changed model ---------------------------------------------------------------------
 
@@ -158,18 +162,43 @@ class Undertext:
         probes: Readers,
     ) -> Iterator[Row]:
         target = list(owned.values())
-        for group, (states, members) in self._states(model, target, list(owned)).items():
-            asked = [target[n] for n in members if target[n].id not in change.failed]
-            kept = [i for i, n in enumerate(members) if target[n].id not in change.failed]
+        for group, found in self._states(model, target, list(owned)).items():
+            kept = [i for i, n in enumerate(found.members) if target[n].id not in change.failed]
+            asked = [target[found.members[i]] for i in kept]
             for number, layer in enumerate(self.layers(model)):
                 at = partial(row, layer=layer, position=group)
                 if group not in probes or not asked:
                     yield from _nothing(at, NO_GROUP)
                     continue
-                guesses = probes[group][number].predict(states[number][kept])
+                guesses = probes[group][number].predict(found.states[number][kept])
+                upstream = not _reached(change, layer, group, found.ends)
                 for each in _shares(at, guesses, asked):
-                    upstream = each.value is not None and not change.reaches(layer, "last_prompt")
-                    yield replace(each, note=UPSTREAM) if upstream else each
+                    noted = upstream and each.value is not None
+                    yield replace(each, note=UPSTREAM) if noted else each
+
+
+@dataclass(frozen=True)
+class _Found:
+    """States of one token group.
+
+    Attributes:
+        states: `[layers, members, d_model]`.
+        members: which facts have such a token.
+        ends: whether it is the last token of any of their prompts.
+    """
+
+    states: Tensor
+    members: list[int]
+    ends: bool
+
+
+def _reached(change: Change, layer: int, group: Group, ends: bool) -> bool:
+    """Whether a change can have altered states of a token group after a layer."""
+    if change.policy == "last_prompt" and not ends:
+        return False
+    if change.policy == "last_subject" and group in ("first_subject", "middle_subject"):
+        return False
+    return change.reaches(layer, "last_prompt")
 
 
 def _objects(sample: Sequence[Fact]) -> tuple[str, ...]:

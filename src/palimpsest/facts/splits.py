@@ -35,7 +35,7 @@ class Splits:
         counts: the data set's own counts, then for each split S: `S_dealt` (subjects that fell to
             it), `S_wanted` (the size asked for), where the model is asked `S_tried` (facts put to
             it, in order, until enough were found) and `S_known` (those of them that it knows),
-            and `S_taken` (facts in the split).
+            and `S_taken` (facts in the split); of `kept` that alone.
     """
 
     target: tuple[Fact, ...]
@@ -84,6 +84,7 @@ def split(facts: FactSet, plan: DataSet, seed: int, known: Known) -> Splits:
         raise _no_target(facts, counts)
     classes = {name: facts.objects(name) for name in sorted({f.relation for f in facts.facts})}
     kept = _rest(facts.others, taken["others"], plan.fit, seed)
+    counts["kept_taken"] = len(kept)
     found = Splits(**taken, kept=kept, classes=classes, counts=counts)
     return replace(found, target=_to_be_changed(found.target, found, plan, seed))
 

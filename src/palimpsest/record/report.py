@@ -10,7 +10,15 @@ import jinja2
 import plotly.offline
 
 from palimpsest.files import write_text
-from palimpsest.record import erasing, figures, localization, tables, trace_figures, traces
+from palimpsest.record import (
+    erasing,
+    figures,
+    localization,
+    tables,
+    trace_figures,
+    traces,
+    undertext,
+)
 from palimpsest.record.columns import HEADLINE, Column
 from palimpsest.record.erasing import Agreement
 from palimpsest.record.intervals import RESAMPLES, Estimate
@@ -48,6 +56,10 @@ CAPTIONS = {
     "recoverability": "How well a linear probe reads the old object from the state after each "
     "layer; a method that only changed what the model says stays up. Controls have open "
     "markers and the colour of the run they imitate.",
+    "undertext": "The undertext: the share of the changed facts whose old, or new, object a linear "
+    "probe of that layer and token names. Probes are trained on other subjects of the relation, "
+    "anew on models that are changed for all, on the unchanged model for edits of single facts. "
+    "The line stands at the first layer that the change reaches.",
     "trade_off": "What was kept on untouched subjects against what can still be read of the old "
     "object at the deepest measured layer; bars are 95% intervals.",
     "two_hop": "Answers to questions that the facts entail: a model that agrees with itself about "
@@ -414,6 +426,7 @@ def _charts(
     """
     made = {
         "recoverability": figures.recoverability(summaries),
+        "undertext": undertext.figure(summaries),
         "trade_off": figures.trade_off(summaries),
         "two_hop": figures.two_hop(summaries),
     }
