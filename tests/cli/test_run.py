@@ -322,4 +322,4 @@ def test_attacks_on_weights_see_what_the_method_wrote(call, done, few, tmp_path)
     assert values(done["rome"], "inversion_success")
     assert not values(done["leace"], "inversion_success")
     notes = {r.note for r in done["leace"].rows if r.metric == "inversion_success"}
-    assert all("no weight was changed" in note for note in notes)
+    assert all("no W_out was changed" in note for note in notes)

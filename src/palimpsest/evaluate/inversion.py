@@ -28,7 +28,7 @@ from palimpsest.model.site import Change, Site
 from palimpsest.model.tokens import Tokens, collate
 from palimpsest.record.row import Row
 
-NO_WEIGHT = "no weight was changed"
+NO_WEIGHT = "no W_out was changed"
 ALL_WRITTEN = "every object of the relation is some changed fact's old or new one"
 
 
@@ -75,7 +75,7 @@ class Inversion:
             model: with the change applied.
             facts: whose objects are sought.
             change: of the model.
-            differences: W' − W, by layer; none if the change is no change of weights.
+            differences: W' − W, by layer; none if no W_out was changed.
         """
         if not self.budgets:
             return

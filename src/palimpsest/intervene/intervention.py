@@ -64,9 +64,9 @@ class Intervention(ABC):
         """Change the model while the context lasts; `applied` without its checks."""
 
     def differences(self) -> tuple[Difference, ...]:
-        """W' − W, a difference for each layer whose W_out is changed; none if no weight is.
+        """W' − W, a difference for each layer whose W_out is changed; none if none is.
 
-        Of biases, and of what hooks do to states, nothing is told.
+        Of biases and other matrices, and of what hooks do to states, nothing is told.
         """
         return ()
 
