@@ -18,22 +18,28 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from palimpsest.evaluate.probes import Probe, Reduced, fit
+from palimpsest.evaluate.recoverability import POSITIONS
 from palimpsest.facts.counterfact import CounterFact
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.facts.splits import split
 from palimpsest.facts.world import World
 from palimpsest.intervene.deltas import WeightDeltas
+from palimpsest.intervene.leace import Leace
 from palimpsest.intervene.moments import Second, second_moments
 from palimpsest.intervene.prefixes import GivenPrefixes, in_contexts
 from palimpsest.intervene.rome import Rome
 from palimpsest.intervene.values import ValueSearch
 from palimpsest.locate.corruption import noise
 from palimpsest.locate.tracing import Tracing
-from palimpsest.model.forward import keys, score
+from palimpsest.model.forward import features, keys, score
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.load import Pretrained
 from palimpsest.model.site import Change, Part, Site
@@ -67,6 +73,9 @@ def main() -> None:
     line("the same, each pass stopped at its layer", *moments(handle, True))
     line("tracing a fact, 10 tokens, 12 layers, 3 kinds, 3 samples", *tracing(handle))
     smollm2 = Pretrained(prefix="\n").load()
+    probed = all_layers(smollm2)
+    line("linear probes, 60 places of 1,000 states, 8 classes, C 0.01", *probed.against([0.01]))
+    line("the same, C 0.0001, 0.001, 0.01 and 0.1", *probed.against([1e-4, 1e-3, 1e-2, 1e-1]))
     rows = fact_rows(smollm2, counterfact)
     source = "the built-in facts'" if counterfact is None else "CounterFact's"
     print(f"SmolLM2, 64 independent edits, {len(rows)} rows of {source} prompts")
@@ -440,6 +449,77 @@ def plain_tracing(
         )  # fmt: skip
     finally:
         embedding.remove()
+
+
+# -- probes and erasers ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Probed:
+    """States `[places, n, width]` and their objects."""
+
+    states: Tensor
+    labels: list[str]
+
+    def against(self, strengths: Sequence[float]) -> tuple[float, float, float]:
+        """scikit-learn's pipeline in a loop (tolerance 1e-6) against all places at once."""
+
+        def plain() -> Tensor:
+            return torch.stack([self.loop(c) for c in strengths])
+
+        def engine() -> Tensor:
+            reduced = Reduced.of(self.states)
+            found = [fit(reduced, self.labels, c) for c in strengths]
+            return torch.stack([self.chances(probes) for probes in found])
+
+        expected, slow = cpu_seconds(plain)
+        found, fast = cpu_seconds(engine)
+        error = float((found - expected).abs().max())
+        if not error < 1e-4:
+            raise SystemExit(f"probabilities differ by {error:.1e}: no ratio is worth reporting")
+        return slow, fast, error
+
+    def loop(self, c: float) -> Tensor:
+        """Each place's probabilities by scikit-learn."""
+        places = []
+        for states in self.states.double().numpy():
+            regression = LogisticRegression(C=c, max_iter=9999, tol=1e-6)
+            pipeline = make_pipeline(StandardScaler(), regression).fit(states, self.labels)
+            places.append(torch.from_numpy(pipeline.predict_proba(states)))
+        return torch.stack(places)
+
+    def chances(self, probes: Sequence[Probe]) -> Tensor:
+        """Each place's probabilities by its probe."""
+        pairs = zip(probes, self.states, strict=True)
+        return torch.stack([probe.scores(states).softmax(1) for probe, states in pairs])
+
+
+def all_layers(handle: ModelHandle) -> Probed:
+    """Print LEACE at every layer, its own feature pass included, over the feature pass alone.
+
+    Returns:
+        the first 1,000 facts' states at all layers and both positions.
+    """
+    plan = replace(World(), limit=24, fit=1128, test=64, probe=0, dev=0, others=0)
+    facts = split(plan.load(), plan, 0, lambda some: [True] * len(some))
+    sample = [*facts.target, *facts.fit]
+    rows = [handle.encode(fact.prompt) for fact in sample]
+    sites = [Site(layer) for layer in range(handle.n_layers)]
+    features(handle, rows[:64], sites, POSITIONS)
+    states, alone = cpu_seconds(lambda: features(handle, rows, sites, POSITIONS))
+
+    def fitted() -> Tensor:
+        with fresh_cache():
+            erasers = Leace(all_layers=True).fit(handle, facts, sites[-1])
+        return torch.tensor(len(erasers.diagnostics))
+
+    _, whole = cpu_seconds(fitted)
+    print(
+        f"LEACE at all {handle.n_layers} layers of SmolLM2, {len(rows)} prompts: feature pass "
+        f"{alone:.1f} s, whole fit {whole:.1f} s, {whole / alone:.2f} times the pass",
+        flush=True,
+    )
+    return Probed(states.flatten(0, 1)[:, :1000], [fact.true for fact in sample[:1000]])
 
 
 # -- independent edits -----------------------------------------------------------------------------
