@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -401,6 +402,10 @@ def test_the_control_is_seeded_and_names_what_it_imitates(double: ModelHandle) -
             tuple(replace(PLACES[0], true=f"C{i}") for i in range(32)),
             "fewer classes than the model's 32 dimensions.*found 32; set intervene.rare=merge",
         ),
+        (
+            tuple(replace(PLACES[0], true=f"C{i}") for i in range(7)),
+            "more subjects than classes.*found 7 subjects of 7 objects.*raise facts.fit",
+        ),
     ],
 )
 def test_facts_that_cannot_be_erased_are_refused(
@@ -411,8 +416,39 @@ def test_facts_that_cannot_be_erased_are_refused(
 
 
 def test_as_many_classes_as_fit_are_accepted() -> None:
-    facts = tuple(replace(PLACES[0], true=f"C{i}") for i in range(31))
-    assert concept(facts, 32).labels.shape == (31, 31)
+    facts = tuple(replace(PLACES[0], true=f"C{i % 31}") for i in range(32))
+    assert concept(facts, 32).labels.shape == (32, 31)
+
+
+def test_states_that_are_not_finite_are_refused(gpt2: ModelHandle, empty_cache: Path) -> None:
+    def ruined(states: torch.Tensor) -> torch.Tensor:
+        return states.masked_fill(states == states.max(), torch.inf)
+
+    message = r"finite states at layer 2, residual, found \d+ of 48 facts.*model.dtype=float32"
+    with (
+        gpt2.hooked([(gpt2.blocks[1], ruined)]),
+        pytest.raises(RequestError, match=message),
+    ):
+        fit(gpt2, SAMPLE)
+
+
+@pytest.mark.parametrize(
+    ("options", "bare", "message"),
+    [
+        ({"position": "last_subject"}, "fit", r"last_subject, found 1 without \(first: .*land"),
+        ({"policy": "last_subject"}, "target", "found none: it would erase nothing"),
+    ],
+)
+def test_tokens_that_no_prompt_has_are_refused(
+    gpt2: ModelHandle, options: dict[str, str], bare: str, message: str
+) -> None:
+    def without(facts: tuple[Fact, ...]) -> tuple[Fact, ...]:
+        return tuple(replace(f, prompt=replace(f.prompt, span=None)) for f in facts)
+
+    some = (*without(SAMPLE.fit[:1]), *SAMPLE.fit[1:])
+    changed = {"fit": some} if bare == "fit" else {"target": without(SAMPLE.target)}
+    with pytest.raises(RequestError, match=message):
+        Leace(**options).fit(gpt2, replace(SAMPLE, **changed), Site(2, "residual"))
 
 
 @pytest.mark.parametrize(

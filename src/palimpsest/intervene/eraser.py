@@ -162,10 +162,12 @@ class Eraser(ABC):
         """Fit an erasure at every layer.
 
         Raises:
-            RequestError: several relations, fewer than two classes, too many for the width, no such
-                layer, or none at which the facts' states differ.
+            RequestError: several relations, fewer than two classes, too many for the width or the
+                subjects, no such layer, none at which the facts' states differ, states that are not
+                finite, or tokens that the prompts do not have.
         """
         concept = self.concept(facts, model.width)
+        self.check_tokens(concept.facts, facts.target)
         sites = self.sites(model, site)
         groups = [[each] for each in sites] if self.in_turn else [sites]
         owners = {fact.id: owner for owner, fact in enumerate(facts.target)}
@@ -189,6 +191,25 @@ class Eraser(ABC):
             diagnostics=tuple(row for part in parts for row in part.diagnostics),
         )
 
+    def check_tokens(self, sample: Sequence[Fact], target: Sequence[Fact]) -> None:
+        """Refuse a position or a policy that names no token of the prompts.
+
+        Raises:
+            RequestError: a fit prompt without its subject, or no target prompt with one.
+        """
+        bare = [fact.id for fact in sample if fact.prompt.span is None]
+        if self.position == "last_subject" and bare:
+            raise RequestError(
+                "expected a subject in the prompt of every fact that an eraser is fitted on at "
+                f"last_subject, found {len(bare)} without (first: {bare[0]}); set "
+                "intervene.position=last_prompt or mend the facts"
+            )
+        if self.policy == "last_subject" and all(fact.prompt.span is None for fact in target):
+            raise RequestError(
+                "expected target facts with a subject in their prompt for intervene.policy="
+                "last_subject, found none: it would erase nothing; choose another policy"
+            )
+
     def at(self, around: "Around", concept: Concept, states: Tensor, held_out: Tensor) -> Erasure:
         """The erasure of one site; of states that are all the same, none.
 
@@ -197,7 +218,17 @@ class Eraser(ABC):
             concept: the fitted facts.
             states: theirs, `[n, d_model]` float64.
             held_out: the test facts', `[m, d_model]` float64.
+
+        Raises:
+            RequestError: some of the states are not finite.
         """
+        finite = states.isfinite().all(1)
+        if not finite.all():
+            raise RequestError(
+                f"expected finite states at layer {around.site.layer}, {around.site.part}, found "
+                f"{int((~finite).sum())} of {len(states)} facts with others; set "
+                "model.dtype=float32 or choose another layer"
+            )
         if differ(states):
             affine = self.map(states, self.shown(concept.labels), around)
         else:
@@ -346,7 +377,8 @@ def concept(sample: Sequence[Fact], width: int, rare: str = "keep", least: int =
     """Facts of one relation with their one-hot true objects.
 
     Raises:
-        RequestError: several relations, fewer than two classes, or as many classes as dimensions.
+        RequestError: several relations, fewer than two classes, as many classes as dimensions, or
+            as subjects.
     """
     relations = sorted({fact.relation for fact in sample})
     if len(relations) > 1:
@@ -369,6 +401,12 @@ def concept(sample: Sequence[Fact], width: int, rare: str = "keep", least: int =
             f"expected fewer classes than the model's {width} dimensions for an eraser, found "
             f"{len(classes)}; set intervene.rare=merge and intervene.least, or choose a relation "
             "with fewer objects"
+        )
+    if len(facts) <= len(classes):
+        raise RequestError(
+            f"expected more subjects than classes (true objects) for an eraser, found {len(facts)} "
+            f"subjects of {len(classes)} objects: whatever tells two subjects apart would be the "
+            "concept; raise facts.fit, or set intervene.rare=merge and intervene.least"
         )
     index = torch.tensor([classes.index(name) for name in names])
     return Concept(
