@@ -86,8 +86,8 @@ def test_a_planted_object_is_legible_where_it_stands(
         rows = measure(model, facts)
     assert {r.value for r in of(rows, "legibility_old", layer=1, position=group)} == {1.0}
     assert {r.value for r in of(rows, "legibility_new", layer=1, position=group)} == {0.0}
-    [before] = of(rows, "legibility_old", layer=0, position="last_prompt")
-    assert before.value is not None
+    elsewhere = of(rows, "legibility_old", layer=0, position="last_prompt")
+    assert {row.protocol for row in elsewhere} == {"frozen", "retrained"}
 
 
 def test_the_new_object_is_legible_where_it_was_written(model: ModelHandle, facts: Splits) -> None:
@@ -109,11 +109,10 @@ def test_probes_are_trained_anew_on_a_model_changed_for_all(
     prepared = MAP.prepare(model, facts)
     with Planted(model, facts, "last_prompt"):
         rows = list(MAP.measure(model, facts, RELATION_WIDE, prepared))
-        stale = list(MAP.measure(model, facts, INDEPENDENT, prepared))
-    [anew] = of(rows, "legibility_old", layer=1, position="last_prompt")
-    [frozen] = of(stale, "legibility_old", layer=1, position="last_prompt")
+    by_protocol = of(rows, "legibility_old", layer=1, position="last_prompt")
+    anew, frozen = sorted(by_protocol, key=lambda row: row.protocol, reverse=True)
+    assert (anew.protocol, frozen.protocol) == ("retrained", "frozen")
     assert anew.value == 1.0
-    assert anew.protocol == "retrained"
     assert frozen.value is not None
     assert frozen.value < 1.0
 

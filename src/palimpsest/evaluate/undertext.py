@@ -34,8 +34,8 @@ NO_GROUP = "too few prompts have such a token"
 class Undertext:
     """Probes of every layer and token group, trained on the probe subjects.
 
-    They are trained anew on a model that is changed for all; on independent edits, which change no
-    probe subject, those of the unchanged model are laid.
+    Those of the unchanged model are laid on every change; on one that is felt by all, they are
+    trained anew as well. Independent edits change no probe subject.
 
     Attributes:
         stride: every how many layers; the last always is; 0 for no map.
@@ -135,7 +135,7 @@ class Undertext:
     def measure(
         self, model: ModelHandle, facts: Splits, change: Change, prepared: Mapping[str, Readers]
     ) -> Iterator[Row]:
-        """Rows `legibility_old` and `legibility_new`, one a layer and token group of each relation.
+        """Rows `legibility_old` and `legibility_new`: one a layer, token group and relation.
 
         Args:
             model: as it stands, the change applied.
@@ -147,22 +147,26 @@ class Undertext:
         for relation, frozen in prepared.items():
             owned = {n: f for n, f in enumerate(facts.target) if f.relation == relation}
             sample = [fact for fact in facts.probe if fact.relation == relation]
-            anew = not change.independent and change.layer is not None
-            probes = self._trained(model, sample) if anew else frozen
-            protocol = "frozen" if change.independent else "retrained"
-            named = partial(row, relation=relation, protocol=protocol)
-            yield from self._told(named, model, owned, change, probes)
+            laid = {"frozen": frozen}
+            if not change.independent:
+                laid["retrained"] = frozen
+            if not change.independent and change.layer is not None:
+                laid["retrained"] = self._trained(model, sample)
+            states = self._states(model, list(owned.values()), list(owned))
+            for protocol, probes in laid.items():
+                named = partial(row, relation=relation, protocol=protocol)
+                yield from self._told(named, model, list(owned.values()), change, states, probes)
 
     def _told(
         self,
         row: partial[Row],
         model: ModelHandle,
-        owned: Mapping[int, Fact],
+        target: Sequence[Fact],
         change: Change,
+        states: "Mapping[Group, _Found]",
         probes: Readers,
     ) -> Iterator[Row]:
-        target = list(owned.values())
-        for group, found in self._states(model, target, list(owned)).items():
+        for group, found in states.items():
             kept = [i for i, n in enumerate(found.members) if target[n].id not in change.failed]
             asked = [target[found.members[i]] for i in kept]
             for number, layer in enumerate(self.layers(model)):

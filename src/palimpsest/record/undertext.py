@@ -26,14 +26,18 @@ _RAMP = [[0.0, "#ffffff"], [0.25, "#c6dbef"], [0.5, "#6baed6"], [0.75, "#2171b5"
 
 
 def undertext(run: Run, metric: str) -> Map:
-    """The share of target facts whose object a probe names; relations weigh by their facts."""
+    """The share of target facts whose object a probe names; relations weigh by their facts.
+
+    Probes trained anew come before those of the unchanged model.
+    """
+    found = [row for row in run.rows if row.metric == metric and row.value is not None]
+    anew = [row for row in found if row.protocol == "retrained"]
     sums: dict[tuple[str, int], float] = defaultdict(float)
     counts: dict[tuple[str, int], int] = defaultdict(int)
-    for row in run.rows:
-        if row.metric == metric and row.value is not None and row.layer is not None:
-            place = row.position or "", row.layer
-            sums[place] += row.value * row.n
-            counts[place] += row.n
+    for row in anew or found:
+        place = row.position or "", row.layer or 0
+        sums[place] += (row.value or 0.0) * row.n
+        counts[place] += row.n
     return {place: total / counts[place] for place, total in sums.items()}
 
 
