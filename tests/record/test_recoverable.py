@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from palimpsest.record.recoverable import attacks, recoverable
+from palimpsest.record.recoverable import ZONES, attacks, profile, recoverable, successes
 from palimpsest.record.row import UPSTREAM, Row
 from palimpsest.record.store import Run
 from tests.record.test_localization import written
@@ -106,7 +106,9 @@ def test_a_maximum_over_many_attacks_on_noise_is_no_discovery(tmp_path: Path) ->
         for layer, hits in enumerate(draws)
     ]
     run = run_of(tmp_path, *rows)
-    best = max(np.mean(list(each.success.values())) for each in attacks(run).values())
+    best = max(
+        np.mean(list(each.success.values())) for each in attacks(run, successes(run)).values()
+    )
     assert (best - 0.2) / 0.8 > 0.15
     assert recoverable(run).value < 0.1
 
@@ -120,3 +122,24 @@ def test_without_attacks_or_facts_there_is_no_index(tmp_path: Path) -> None:
     assert recoverable(run_of(tmp_path / "a")).note == "no attacks were measured"
     few = attack("logit_lens", dict.fromkeys(FACTS[:4], 1.0), 0.0, layer=9)
     assert recoverable(run_of(tmp_path / "b", few)).note == "fewer than 6 facts with a value"
+
+
+def test_the_profile_tells_zones_apart(tmp_path: Path) -> None:
+    """Below the change all is as it was; at its site little is left, above all is back."""
+    run = run_of(
+        tmp_path,
+        probe(share(1.0), 3, UPSTREAM),
+        probe(share(0.25), 6),
+        probe(share(1.0), 9),
+        attack("few_shot", share(0.5), 0.0),
+    )
+    found = profile(run)
+    assert list(found) == list(ZONES)
+    values = [each.value for each in found.values()]
+    assert values == pytest.approx([1.0, 0.0, 1.0, 0.5])
+    assert found["downstream"].value == recoverable(run).value
+    assert found["at the site"].place == "frozen, layer 6, last_prompt"
+
+
+def test_an_unchanged_model_has_no_profile(tmp_path: Path) -> None:
+    assert profile(run_of(tmp_path, probe(share(1.0), 3, UPSTREAM))) == {}

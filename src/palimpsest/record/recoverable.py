@@ -52,10 +52,44 @@ def recoverable(run: Run) -> Estimate:
 
     States count at or after the change only; of an unchanged model all do.
     """
-    readings = attacks(run)
+    rows = successes(run)
+    reached = [row for row in rows if not row.upstream]
+    return _index(run, reached if any(row.layer is not None for row in reached) else rows)
+
+
+def profile(run: Run) -> dict[str, Estimate]:
+    """The same index of the places of each zone by themselves, by its name in `ZONES`.
+
+    Zones without places are left out; of an unchanged model there are none.
+    """
+    rows = successes(run)
+    reached = [row.layer for row in rows if row.layer is not None and not row.upstream]
+    if not reached:
+        return {}
+    zones: dict[str, list[Row]] = {zone: [] for zone in ZONES}
+    for row in rows:
+        zones[_zone(row, min(reached))].append(row)
+    return {zone: _index(run, some) for zone, some in zones.items() if some}
+
+
+ZONES = ("upstream, unchanged by construction", "at the site", "downstream", "prompts")
+"""Where the change cannot reach; the first measured layer that it reaches; above; in words."""
+
+
+def _zone(row: Row, site: int) -> str:
+    if row.layer is None:
+        return ZONES[3]
+    if row.upstream:
+        return ZONES[0]
+    return ZONES[1] if row.layer == site else ZONES[2]
+
+
+def _index(run: Run, rows: Sequence[Row]) -> Estimate:
+    """What the attack that is best on other facts finds, each fact being told by such a one."""
+    readings = attacks(run, rows)
     if not readings:
         return Estimate(None, note="no attacks were measured")
-    relations = {str(row.fact_id): row.relation for row in _successes(run)}
+    relations = {str(row.fact_id): row.relation for row in rows}
     facts = sorted(set.intersection(*(set(each.success) for each in readings.values())))
     if len(facts) < FOLDS:
         return Estimate(None, n=len(facts), note=f"fewer than {FOLDS} facts with a value")
@@ -74,11 +108,11 @@ def recoverable(run: Run) -> Estimate:
     return Estimate(value, low, high, len(facts), place=_named(usual))
 
 
-def attacks(run: Run) -> dict[Place, Reading]:
-    """Everything that was tried on the states that the change can reach, and on prompts."""
+def attacks(run: Run, rows: Sequence[Row]) -> dict[Place, Reading]:
+    """Everything that was tried: what some rows tell of its success, and its baseline."""
     hits: dict[Place, dict[str, float]] = defaultdict(dict)
     chances: dict[Place, list[float]] = defaultdict(list)
-    for row in _successes(run):
+    for row in rows:
         if row.value is not None:
             hits[_place(row)][str(row.fact_id)] = row.value
     for row in run.rows:
@@ -96,11 +130,9 @@ def attacks(run: Run) -> dict[Place, Reading]:
     }
 
 
-def _successes(run: Run) -> list[Row]:
+def successes(run: Run) -> list[Row]:
     """Rows of attacks at the budget, and of probes, on target facts."""
-    found = [row for row in run.rows if row.split == "target" and _is_success(row)]
-    reached = [row for row in found if not row.upstream]
-    return reached if any(row.layer is not None for row in reached) else found
+    return [row for row in run.rows if row.split == "target" and _is_success(row)]
 
 
 def _is_success(row: Row) -> bool:

@@ -1,13 +1,14 @@
 """Headline numbers of runs: one summary each, ordered for reading."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from palimpsest.record.columns import HEADLINE, last_step
 from palimpsest.record.intervals import Estimate, estimate
 from palimpsest.record.labels import labels
+from palimpsest.record.recoverable import ZONES, profile
 from palimpsest.record.row import Row
 from palimpsest.record.store import Run
 
@@ -106,13 +107,26 @@ def curve(rows: Sequence[Row]) -> list[Point]:
 
 
 def details(summaries: Sequence[Summary]) -> list[Detail]:
-    """Every measured quantity that is not a curve over layers, averaged over facts."""
+    """Every measured quantity that is not a curve over layers, averaged over facts.
+
+    What is recoverable, zone by zone, leads them.
+    """
     tables = [_quantities(summary.run) for summary in summaries]
     order = {axis: place for place, axis in enumerate(_AXES)}
     keys = sorted({key for table in tables for key in table}, key=lambda k: (order[k[0]], k))
-    return [
+    measured = [
         Detail(*key, tuple(estimate(t[key]) if key in t else None for t in tables)) for key in keys
     ]
+    return [*_profiles(summaries), *measured]
+
+
+def _profiles(summaries: Sequence[Summary]) -> Iterator[Detail]:
+    """What is recoverable upstream of each run's change, at its site, downstream, and by asking."""
+    found = [profile(summary.run) for summary in summaries]
+    for zone in ZONES:
+        if any(zone in each for each in found):
+            values = tuple(each.get(zone) for each in found)
+            yield Detail("recoverability", "recoverable_old", "index", zone, values)
 
 
 _AXES = ("downstream", "recoverability", "consistency", "localization", "cost")
