@@ -56,8 +56,8 @@ CAPTIONS = {
     "recoverability": "How well a linear probe reads the old object from the state after each "
     "layer; a method that only changed what the model says stays up. Controls have open "
     "markers and the colour of the run they imitate.",
-    "undertext": "The undertext: the share of the changed facts whose old, or new, object a linear "
-    "probe of that layer and token names. Probes are trained on other subjects of the relation, "
+    "undertext": "The share of the changed facts whose old, or new, object a linear probe of that "
+    "layer and token names. Probes are trained on other subjects of the relation, "
     "anew on models that are changed for all, on the unchanged model for edits of single facts. "
     "The line stands at the first layer that the change reaches.",
     "trade_off": "What was kept on untouched subjects against what can still be read of the old "
