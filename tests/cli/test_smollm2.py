@@ -17,6 +17,7 @@ SMALL = [
     "facts.dev=0",
     "facts.others=12",
     "contexts=1",
+    "evaluate=quick",
     "record=local",
 ]
 
