@@ -6,7 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from palimpsest.record.recoverable import ZONES, attacks, profile, recoverable, successes
+from palimpsest.record.intervals import resampling
+from palimpsest.record.recoverable import (
+    ZONES,
+    attacks,
+    optimism,
+    profile,
+    recoverable,
+    successes,
+)
 from palimpsest.record.row import UPSTREAM, Row
 from palimpsest.record.store import Run
 from tests.record.test_localization import written
@@ -65,7 +73,7 @@ def test_the_strongest_attack_counts_beyond_its_own_chance(tmp_path: Path) -> No
             attack("rephrasing", share(1.0), 1.0),  # finds whatever is asked for
         )
     )
-    assert found.value == pytest.approx((0.75 - 0.5) / (1 - 0.5))
+    assert found.value == pytest.approx((0.75 - 0.5) / (1 - 0.5), abs=0.03)
     assert (found.n, found.place) == (24, "few_shot")
     assert found.low < found.value < found.high
 
@@ -111,6 +119,30 @@ def test_a_maximum_over_many_attacks_on_noise_is_no_discovery(tmp_path: Path) ->
     )
     assert (best - 0.2) / 0.8 > 0.15
     assert recoverable(run).value < 0.1
+
+
+def test_many_attacks_that_each_miss_other_facts_are_no_weaker_for_it(tmp_path: Path) -> None:
+    """A place chosen on some facts and told of others would be the one that misses those."""
+    rows = [
+        attack("logit_lens", {f: float(n // 3 != layer) for n, f in enumerate(FACTS)}, 0.0, layer)
+        for layer in range(8)
+    ]
+    found = recoverable(run_of(tmp_path, *rows))
+    assert 0.75 < found.value <= 0.875
+
+
+def test_optimism_is_what_a_literal_bootstrap_says() -> None:
+    table = np.random.default_rng(1).random((5, 12))
+    relations = ("r",) * 12
+    gains = []
+    for weights in resampling(relations):
+        picked = np.repeat(np.arange(12), weights.astype(int))
+        means = [row[picked].mean() for row in table]
+        best = int(np.argmax(means))
+        gains.append(means[best] - table[best].mean())
+    assert optimism(table, relations) == pytest.approx(np.mean(gains), rel=0.1)
+    assert np.mean(gains) > 0.02
+    assert optimism(table[:1], relations) == pytest.approx(0, abs=1e-9)
 
 
 def test_what_finds_less_than_chance_is_zero(tmp_path: Path) -> None:

@@ -219,8 +219,8 @@ HEADLINE = (
         axis="recoverability",
         title="recoverable old",
         short="rec",
-        meaning="chance-corrected success of the strongest of all attacks and probes, chosen on "
-        "other facts",
+        meaning="chance-corrected success of the strongest of all attacks and probes, less what "
+        "being the best of many gains",
         editor="down",
         eraser="down",
         read=recoverable,

@@ -1,7 +1,7 @@
 """The headline index: how much of the old object the best of many attacks still finds.
 
-Which attack and which layer is best is decided on some facts and told of others, so that a maximum
-over many places does not flatter the attacker.
+A maximum over many places flatters the attacker: what it has over its own facts is corrected by how
+much the best of so many places gains by being chosen, which the bootstrap tells.
 """
 
 from collections import defaultdict
@@ -11,12 +11,12 @@ from statistics import fmean
 
 import numpy as np
 
-from palimpsest.record.intervals import Estimate, interval
+from palimpsest.record.intervals import Estimate, Floats, interval, resampling
 from palimpsest.record.row import Row
 from palimpsest.record.store import Run
 
-FOLDS = 6
-"""Parts of the facts: on all but one the attack is chosen, of that one it is told."""
+LEAST = 6
+"""Facts, below which a best place says nothing."""
 
 BUDGET = 20
 """Candidates that an attack may name."""
@@ -85,27 +85,42 @@ def _zone(row: Row, site: int) -> str:
 
 
 def _index(run: Run, rows: Sequence[Row]) -> Estimate:
-    """What the attack that is best on other facts finds, each fact being told by such a one."""
+    """What the best of the attacks finds, less what a best of so many finds by chance."""
     readings = attacks(run, rows)
     if not readings:
         return Estimate(None, note="no attacks were measured")
     relations = {str(row.fact_id): row.relation for row in rows}
     facts = sorted(set.intersection(*(set(each.success) for each in readings.values())))
-    if len(facts) < FOLDS:
-        return Estimate(None, n=len(facts), note=f"fewer than {FOLDS} facts with a value")
-    values: dict[str, float] = {}
-    chosen: dict[Place, int] = defaultdict(int)
-    for fold in range(FOLDS):
-        told = facts[fold::FOLDS]
-        others = [fact for fact in facts if fact not in told]
-        best = max(readings, key=lambda place: fmean(readings[place].corrected(others)))
-        chosen[best] += 1
-        values |= zip(told, readings[best].corrected(told), strict=True)
-    found = np.array([values[fact] for fact in facts])
-    ends = interval(found, tuple(relations[fact] for fact in facts))
-    value, low, high = (None if x is None else max(0.0, float(x)) for x in (found.mean(), *ends))
-    usual = max(chosen, key=lambda place: chosen[place])
-    return Estimate(value, low, high, len(facts), place=_named(usual))
+    if len(facts) < LEAST:
+        return Estimate(None, n=len(facts), note=f"fewer than {LEAST} facts with a value")
+    owners = tuple(relations[fact] for fact in facts)
+    places = list(readings)
+    table = np.array([readings[place].corrected(facts) for place in places])
+    best = int(table.mean(1).argmax())
+    less = optimism(table, owners)
+    ends = interval(table[best], owners)
+    value, low, high = (
+        None if x is None else max(0.0, float(x) - less) for x in (table[best].mean(), *ends)
+    )
+    return Estimate(value, low, high, len(facts), place=_named(places[best]))
+
+
+def optimism(table: Floats, relations: tuple[str | None, ...]) -> float:
+    """By how much the best of several means flatters (Efron 1983, doi 10.2307/2288636).
+
+    In a resample of the facts the best place is chosen; what it has there, less what the same place
+    has over all facts, averaged over resamples.
+
+    Args:
+        table: `[places, facts]`.
+        relations: `[facts]` each fact's relation.
+    """
+    alone = len(set(relations)) == len(relations)
+    weights = resampling(("",) * len(relations) if alone else relations)
+    means = weights @ table.T / weights.sum(1, keepdims=True)
+    means += table.mean(1) - means.mean(0)  # of one place alone it is zero, whatever was drawn
+    chosen = table.mean(1)[means.argmax(1)]
+    return float((means.max(1) - chosen).mean())
 
 
 def attacks(run: Run, rows: Sequence[Row]) -> dict[Place, Reading]:
