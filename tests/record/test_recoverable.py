@@ -131,6 +131,11 @@ def test_many_attacks_that_each_miss_other_facts_are_no_weaker_for_it(tmp_path: 
     assert 0.75 < found.value <= 0.875
 
 
+def test_what_always_finds_has_no_optimism(tmp_path: Path) -> None:
+    rows = [attack("logit_lens", share(1.0 if n == 5 else 0.75), 0.0, layer=n) for n in range(9)]
+    assert recoverable(run_of(tmp_path, *rows)).value == 1.0
+
+
 def test_optimism_is_what_a_literal_bootstrap_says() -> None:
     table = np.random.default_rng(1).random((5, 12))
     relations = ("r",) * 12

@@ -115,12 +115,13 @@ def optimism(table: Floats, relations: tuple[str | None, ...]) -> float:
         table: `[places, facts]`.
         relations: `[facts]` each fact's relation.
     """
+    table = table[np.argsort(-table.mean(1), kind="stable")]  # of equals, what is best over all
     alone = len(set(relations)) == len(relations)
     weights = resampling(("",) * len(relations) if alone else relations)
     means = weights @ table.T / weights.sum(1, keepdims=True)
-    means += table.mean(1) - means.mean(0)  # of one place alone it is zero, whatever was drawn
-    chosen = table.mean(1)[means.argmax(1)]
-    return float((means.max(1) - chosen).mean())
+    whole = table.mean(1)
+    drawn = means[:, 0] - whole[0]  # so that one place alone has none, whatever was drawn
+    return float((means.max(1) - whole[means.argmax(1)] - drawn).mean())
 
 
 def attacks(run: Run, rows: Sequence[Row]) -> dict[Place, Reading]:
