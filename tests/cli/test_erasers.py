@@ -84,6 +84,20 @@ def test_a_pair_is_fitted_and_measured(call, few, name):
     assert max(values(found, "efficacy", "probability")) == 1.0
 
 
+def test_any_two_methods_make_a_pair(call, few):
+    words = [
+        "intervene=erase_then_edit",
+        "intervene@intervene.first=rome_plain",
+        "intervene@intervene.then=rome_plain",
+        "intervene.first_layer=2",
+        LAYER,
+    ]
+    found = run(call, few, words)
+    assert found.method == "erase_then_edit(first=rome_plain, then=rome_plain)"
+    losses = {name: values(found, "value_loss", name) for name in ("last_step", "last_step, then")}
+    assert [len(each) for each in losses.values()] == [6, 6]
+
+
 def test_a_pair_without_a_layer_is_refused(call, few):
     outcome = call("run", *few, "intervene=erase_then_edit", LAYER)
     assert outcome.code == 2

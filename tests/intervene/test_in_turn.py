@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from palimpsest.errors import RequestError
-from palimpsest.intervene.eraser import states_of
+from palimpsest.intervene.eraser import GONE, Eraser, states_of
 from palimpsest.intervene.erasure import Erasure
 from palimpsest.intervene.in_turn import InTurn
+from palimpsest.intervene.inlp import Inlp
 from palimpsest.intervene.leace import Leace
 from palimpsest.intervene.moments import GivenMoments
+from palimpsest.intervene.orth import MeanProjection
 from palimpsest.intervene.prefixes import GivenPrefixes
+from palimpsest.intervene.random_subspace import RandomSubspace
 from palimpsest.intervene.rome import Rome
 from palimpsest.model.forward import keys
 from palimpsest.model.handle import ModelHandle
@@ -80,6 +83,36 @@ def test_the_ruler_is_told_of_both(llama: ModelHandle, rome: Rome) -> None:
     assert gated.fit(llama, SAMPLE, Site(EDITED, "mlp")).change.oracle
     metrics = {row.metric for row in both.diagnostics}
     assert {"residual_cross_covariance", "value_loss"} <= metrics
+
+
+@pytest.mark.parametrize("then", [Leace(), MeanProjection(), Inlp(), RandomSubspace()])
+def test_a_second_eraser_finds_nothing_left(llama: ModelHandle, then: Eraser) -> None:
+    """Theorem 3.1: what LEACE leaves does not covary with the objects; there is no map of noise."""
+    both = InTurn(Leace(), then, then_layer=ERASED).fit(llama, SAMPLE, Site(ERASED))
+    leace, second = both.parts
+    assert second.proj_left.shape == (llama.width, 0)
+    found = {
+        row.protocol: (row.value, row.note)
+        for row in both.diagnostics
+        if row.metric == "residual_cross_covariance" and row.protocol.startswith("fit_sample")
+    }
+    assert found["fit_sample"][0] < 1e-9
+    assert found["fit_sample, then"] == (None, GONE)
+    assert_erased(states(llama, Site(ERASED)), leace, 1e-6)
+
+
+def test_two_erasers_at_one_layer_tell_of_their_fits_apart(llama: ModelHandle) -> None:
+    inner = InTurn(RandomSubspace(seed=1), Leace(), then_layer=ERASED)
+    both = InTurn(RandomSubspace(), inner, then_layer=ERASED).fit(llama, SAMPLE, Site(ERASED))
+    residual = {
+        row.protocol: row.value
+        for row in both.diagnostics
+        if row.metric == "residual_cross_covariance" and row.protocol.startswith("fit_sample")
+    }
+    assert list(residual) == ["fit_sample", "fit_sample, then", "fit_sample, then, then"]
+    assert residual["fit_sample, then, then"] < 1e-9 < residual["fit_sample, then"]
+    keys = [(row.metric, row.protocol, row.layer) for row in both.diagnostics]
+    assert len(set(keys)) == len(keys)
 
 
 @pytest.mark.parametrize(("first", "then", "found"), [(None, None, "none"), (1, 2, "both")])

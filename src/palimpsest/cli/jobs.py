@@ -121,8 +121,8 @@ def _run(config: DictConfig, command: str) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     check_config(config)
-    choices = HydraConfig.get().runtime.choices
-    name = f"{choices['intervene']}"
+    hydra = HydraConfig.get()
+    choices, name = hydra.runtime.choices, _method(hydra)
     _quiet()
     from palimpsest.experiment import Experiment, run
 
@@ -141,6 +141,14 @@ def _run(config: DictConfig, command: str) -> None:
     )
     with _phases(name, 6) as phase:
         _tell(name, *run(experiment, phase))
+
+
+def _method(hydra: Any) -> str:
+    """The chosen method, with whatever was chosen for the parts of a pair."""
+    lead = "intervene@intervene."
+    parts = [word.removeprefix(lead) for word in hydra.overrides.task if word.startswith(lead)]
+    name = str(hydra.runtime.choices["intervene"])
+    return f"{name}({', '.join(parts)})" if parts else name
 
 
 def _trace(config: DictConfig, command: str) -> None:

@@ -38,6 +38,9 @@ REST = "(rare objects)"
 SAME = "the states of all fitted facts are the same here"
 """Why nothing is erased: in front of the first attention, where all prompts end in one token."""
 
+GONE = "the states of the fitted facts do not covary with their objects here"
+"""Why nothing is erased: an eraser before has done so."""
+
 
 @dataclass(frozen=True)
 class Affine:
@@ -211,7 +214,7 @@ class Eraser(ABC):
             )
 
     def at(self, around: "Around", concept: Concept, states: Tensor, held_out: Tensor) -> Erasure:
-        """The erasure of one site; of states that are all the same, none.
+        """The erasure of one site; of states that are all the same, or tell nothing, none.
 
         Args:
             around: the site.
@@ -229,8 +232,9 @@ class Eraser(ABC):
                 f"{int((~finite).sum())} of {len(states)} facts with others; set "
                 "model.dtype=float32 or choose another layer"
             )
-        if differ(states):
-            affine = self.map(states, self.shown(concept.labels), around)
+        labels = self.shown(concept.labels)
+        if nothing_to_erase(states, labels) is None:
+            affine = self.map(states, labels, around)
         else:
             nothing = states.new_empty(states.shape[1], 0)
             affine = Affine(nothing, nothing.T, states.mean(0))
@@ -298,8 +302,9 @@ class Eraser(ABC):
         n, width = states.shape
         rank = torch.linalg.matrix_rank(affine.left @ affine.right)
         known = [n for n, fact in enumerate(fresh) if fact.true in concept.classes]
-        residual, removed, leaked, note = None, None, None, SAME
-        if differ(states):
+        residual, removed, leaked = None, None, None
+        note = nothing_to_erase(states, concept.labels)
+        if note is None:
             erased = affine.of(states)
             residual = relative_cross_covariance(states, erased, concept.labels)
             scatter = (states - states.mean(0)).square().sum()
@@ -418,13 +423,17 @@ def concept(sample: Sequence[Fact], width: int, rare: str = "keep", least: int =
     )
 
 
-def differ(states: Tensor) -> bool:
-    """Whether states `[n, d]` differ by more than float32 rounds."""
-    return bool((states - states.mean(0)).norm() > _ROUNDING * states.norm())
+def nothing_to_erase(states: Tensor, labels: Tensor) -> str | None:
+    """Why states `[n, d]` have nothing to be erased of labels `[n, k]`; None if they have."""
+    least = _ROUNDING * states.norm()
+    if (states - states.mean(0)).norm() <= least:
+        return SAME
+    spread = (labels - labels.mean(0)).norm() / len(states)
+    return GONE if cross_covariance(states, labels).norm() <= least * spread else None
 
 
 _ROUNDING = 1e-6
-"""Spread of states that is none, in multiples of their norm."""
+"""Spread of states that is none, in multiples of their norm: about what float32 rounds."""
 
 
 def _check_something(parts: Sequence[Erasure]) -> None:

@@ -1,5 +1,6 @@
 """One method after another: erase, then write; or write, then erase."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from palimpsest.intervene.composition import Composition, joined
 from palimpsest.intervene.intervention import Intervention, Method
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change, Site
+from palimpsest.record.row import Row
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class InTurn:
             change=together(first, then),
             model=model.fingerprint,
             parts=(first, then),
-            diagnostics=(*first.diagnostics, *then.diagnostics),
+            diagnostics=apart(first.diagnostics, then.diagnostics),
         )
 
     def _fitted(
@@ -91,6 +93,27 @@ class InTurn:
             number = model.check_layer(layer, f"intervene.{name}_layer")
             site = Site(number, method.part)  # type: ignore[arg-type]
         return method.fit(model, facts, site)
+
+
+THEN = ", then"
+"""Behind the protocol of a second method's row that the first method has as well."""
+
+
+def apart(first: Iterable[Row], then: Iterable[Row]) -> tuple[Row, ...]:
+    """Both methods' rows, no two under one key.
+
+    Two erasers at one layer, or two editors of one fact, measure the same of their own fits.
+    """
+    rows = {_named(row): row for row in first}
+    for row in then:
+        while _named(row) in rows:
+            row = replace(row, protocol=row.protocol + THEN)
+        rows[_named(row)] = row
+    return tuple(rows.values())
+
+
+def _named(row: Row) -> Row:
+    return replace(row, value=None, n=0, note=None)
 
 
 def together(first: Intervention, then: Intervention) -> Change:

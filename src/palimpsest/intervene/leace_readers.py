@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.intervene.deltas import ReaderDeltas
-from palimpsest.intervene.eraser import SAME, Around, Concept, cross_covariance, differ
+from palimpsest.intervene.eraser import Around, Concept, cross_covariance, nothing_to_erase
 from palimpsest.intervene.erasure import Erasure
 from palimpsest.intervene.folding import FoldedLeace, shift_left_out
 from palimpsest.model.handle import ModelHandle
@@ -35,14 +35,14 @@ class LeaceReaders(FoldedLeace):
     def at(self, around: Around, concept: Concept, states: Tensor, held_out: Tensor) -> Erasure:
         """The erasure of one site, with what its weights, rounded as they are, leave readable."""
         erasure = super().at(around, concept, states, held_out)
-        left = None
-        if differ(states):
+        left, why = None, nothing_to_erase(states, concept.labels)
+        if why is None:
             [folded] = self.fold(around.model, erasure)
             left = read_through(around.model, folded, cross_covariance(states, concept.labels))
         row = Row(
             axis="cost", scope="relation", relation=concept.facts[0].relation, split="fit",
             layer=around.site.layer, metric="residual_cross_covariance", protocol="as_read",
-            value=left, n=0 if left is None else len(states), note=SAME if left is None else None,
+            value=left, n=0 if left is None else len(states), note=why,
         )  # fmt: skip
         return replace(erasure, diagnostics=(*erasure.diagnostics, row))
 

@@ -10,13 +10,12 @@ from torch import Tensor
 from palimpsest.errors import RequestError, nearest
 from palimpsest.facts.fact import Fact
 from palimpsest.intervene.eraser import (
-    SAME,
     Affine,
     Around,
     Concept,
     concept,
     cross_covariance,
-    differ,
+    nothing_to_erase,
     orthonormal,
     states_of,
 )
@@ -116,12 +115,13 @@ class Splince(Leace):
                 before, after = (
                     cross_covariance(x, each.labels) for x in (states, affine.of(states))
                 )
-                moved = float((after - before).norm() / before.norm()) if differ(states) else None
+                note = nothing_to_erase(states, each.labels)
+                moved = float((after - before).norm() / before.norm()) if note is None else None
                 yield Row(
                     axis="cost", scope="relation", relation=each.facts[0].relation, split=split,
                     layer=site.layer, metric="cross_covariance_moved", protocol="relative",
                     value=moved, n=0 if moved is None else len(each.facts),
-                    note=SAME if moved is None else None,
+                    note=note,
                 )  # fmt: skip
 
     def _states(self, around: Around, concept: Concept) -> Tensor:
