@@ -176,6 +176,25 @@ def test_further_layers_come_from_the_same_pass(model: ModelHandle, empty_cache:
     torch.testing.assert_close(kept[3], expected, rtol=1e-12, atol=1e-15)
 
 
+def test_moments_are_those_of_the_model_that_they_were_asked_of(
+    model: ModelHandle, empty_cache: Path
+) -> None:
+    """However late they are loaded: an editor loads the upper layers' under the lower changes."""
+    model = copy_of(model)
+    edit = Rome(variant="plain", prefixes=GivenPrefixes([]), protocol="batch")
+    change = edit.fit(model, splits(TARGETS), Site(0, "mlp"))
+    second = SMALL.several(model, [1])[1]
+    wanted = second.matrix()
+    with change.applied(model), counting(model) as passes:
+        assert torch.equal(second.matrix(), wanted)
+        assert not passes
+        assert not torch.equal(SMALL.several(model, [1])[1].matrix(), wanted)
+        for file in files(empty_cache):
+            file.unlink()
+        with pytest.raises(RequestError, match="found them gone since the run began"):
+            second.matrix()
+
+
 def test_what_is_made_of_a_matrix_leaves_the_kept_one(
     model: ModelHandle, empty_cache: Path
 ) -> None:

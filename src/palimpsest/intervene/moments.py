@@ -161,19 +161,27 @@ class Moments(RunningText):
     def several(self, model: ModelHandle, layers: Sequence[int]) -> dict[int, Second]:
         """Second moments from the cache, or computed together with `self.layers` in one pass.
 
+        They are those of the model as it stands at this call, whenever they are loaded.
+
         Raises:
             RequestError: no such layer; the text cannot be read or is too short.
         """
         missing = list(dict.fromkeys([*layers, *self.layers]))
         computed: dict[int, dict[str, Tensor]] = {}
+        common, state = self.key(model), model.state
 
         def load(layer: int, part: str) -> Tensor:
             def make() -> dict[str, Tensor]:
+                if model.state != state:
+                    raise RequestError(
+                        "expected second moments in the cache, found them gone since the run "
+                        "began; run it again, and clear the cache when nothing runs"
+                    )
                 if layer not in computed:
                     computed.update(self._compute(model, missing or [layer]))
                 return {part: computed[layer][part]}
 
-            return cached_tensors("moments", self._part_key(model, layer, part), make)[part]
+            return cached_tensors("moments", _part_key(common, layer, part), make)[part]
 
         for each in missing:
             model.check_layer(each, "intervene.moments.layers")
@@ -192,7 +200,8 @@ class Moments(RunningText):
 
     def cached(self, model: ModelHandle, layers: Sequence[int]) -> bool:
         """Whether `several` would find all of these layers in the cache."""
-        return all(is_cached("moments", self._part_key(model, n, "matrix")) for n in layers)
+        common = self.key(model)
+        return all(is_cached("moments", _part_key(common, n, "matrix")) for n in layers)
 
     def _compute(self, model: ModelHandle, layers: list[int]) -> dict[int, dict[str, Tensor]]:
         """`matrix` and `half` by layer."""
@@ -206,8 +215,9 @@ class Moments(RunningText):
             whole[layer].lerp_(half[layer], some / len(rows))
         return {layer: {"matrix": whole[layer], "half": half[layer]} for layer in layers}
 
-    def _part_key(self, model: ModelHandle, layer: int, part: str) -> dict[str, Any]:
-        return {**self.key(model), "layer": layer, "part": part}
+
+def _part_key(common: Mapping[str, Any], layer: int, part: str) -> dict[str, Any]:
+    return {**common, "layer": layer, "part": part}
 
 
 @dataclass(frozen=True)
