@@ -30,7 +30,10 @@ EXAMPLES = {
         "palimpsest sweep sweeps/quickstart.yaml",
         "palimpsest sweep sweeps/quickstart.yaml facts.limit=10",
     ),
-    "report": ("palimpsest report results/quickstart",),
+    "report": (
+        "palimpsest report results/quickstart",
+        "palimpsest report results/quickstart --against rome",
+    ),
     "ask": (
         'palimpsest ask "The Eiffel Tower is located in the city of" --subject "the Eiffel Tower" '
         "--old Paris --new London",
@@ -160,7 +163,10 @@ def _add_sweep(commands: Commands) -> None:
 def _add_report(commands: Commands) -> None:
     report = _command(commands, "report", "table, HTML page, CSV and LaTeX of a sweep's results")
     report.add_argument("directory", type=Path)
-    report.set_defaults(call=lambda options: _report(options.directory))
+    report.add_argument(
+        "--against", metavar="RUN", help="a label or method: differences from it, fact by fact"
+    )
+    report.set_defaults(call=lambda options: _report(options.directory, options.against))
 
 
 def _add_ask(commands: Commands) -> None:
@@ -266,7 +272,7 @@ def _sweep(file: Path, overrides: Sequence[str]) -> int:
         raise
 
 
-def _report(directory: Path) -> int:
+def _report(directory: Path, reference: str | None = None) -> int:
     """Print the table; write the page, CSV and LaTeX."""
     from palimpsest.record.report import write_report
     from palimpsest.record.store import load_runs
@@ -274,8 +280,8 @@ def _report(directory: Path) -> int:
 
     console = Screen()
     console.width = max(console.width, 110)  # narrower, the table would lose columns
-    print_summary(load_runs(directory), console)
-    page = write_report(directory)
+    print_summary(load_runs(directory), console, reference)
+    page = write_report(directory, reference)
     console.show(f"report: {page}")
     return 0
 

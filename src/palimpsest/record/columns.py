@@ -108,9 +108,23 @@ def _at(layer: int | None) -> str | None:
     return None if layer is None else f"layer {layer}"
 
 
-def _mean(metric: str, protocol: str, prompt: str = "", **equal: str) -> Callable[[Run], Estimate]:
-    select = rows_of(metric, protocol, prompt, **equal)
-    return lambda run: estimate(select(run))
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A number that is the mean of some rows, so that two runs can be compared fact by fact.
+
+    Attributes:
+        rows: which, of a run.
+    """
+
+    rows: Callable[[Run], list[Row]]
+
+    def __call__(self, run: Run) -> Estimate:
+        """The number."""
+        return estimate(self.rows(run))
+
+
+def _mean(metric: str, protocol: str, prompt: str = "", **equal: str) -> Mean:
+    return Mean(rows_of(metric, protocol, prompt, **equal))
 
 
 HEADLINE = (

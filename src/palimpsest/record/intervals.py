@@ -62,8 +62,9 @@ def estimate(rows: Sequence[Row], center: Center = "mean", place: str | None = N
     if all(row.fact_id is None for row in present):
         value, n = _aggregate(present)
         return Estimate(value, n=n, note=note, place=place)
-    values, relations = _facts(present)
-    low, high = interval(values, relations, center)
+    found = facts_of(present).values()
+    values = np.array([value for value, _ in found])
+    low, high = interval(values, tuple(relation for _, relation in found), center)
     return Estimate(_center(values, center), low, high, len(values), note, place)
 
 
@@ -94,17 +95,15 @@ def interval(
     return float(low), float(high)
 
 
-def _facts(rows: Sequence[Row]) -> tuple[Floats, tuple[str | None, ...]]:
-    """Values [facts] and relations [facts], ordered by fact."""
+def facts_of(rows: Sequence[Row]) -> dict[str, tuple[float, str | None]]:
+    """By fact, the mean of its values, and its relation; rows without either are left out."""
     values: dict[str, list[float]] = {}
     relations: dict[str, str | None] = {}
     for row in rows:
         if row.fact_id is not None and row.value is not None:
             values.setdefault(row.fact_id, []).append(row.value)
             relations[row.fact_id] = row.relation
-    order = sorted(values)
-    means = np.array([np.mean(values[fact]) for fact in order])
-    return means, tuple(relations[fact] for fact in order)
+    return {fact: (float(np.mean(values[fact])), relations[fact]) for fact in sorted(values)}
 
 
 def _aggregate(rows: Sequence[Row]) -> tuple[float, int]:

@@ -52,9 +52,30 @@ def recoverable(run: Run) -> Estimate:
 
     States count at or after the change only; of an unchanged model all do.
     """
-    rows = successes(run)
-    reached = [row for row in rows if not row.upstream]
-    return _index(run, reached if any(row.layer is not None for row in reached) else rows)
+    return _index(_strongest(run, _reached(run)))
+
+
+def recoverable_beyond(run: Run, other: Run) -> Estimate:
+    """By how much the index of one run exceeds another's on the same facts, fact by fact.
+
+    Either side is what its own strongest attack finds, less its optimism. The interval is over
+    facts, each with its value on both sides.
+    """
+    mine, theirs = (_strongest(each, _reached(each)) for each in (run, other))
+    for side in (mine, theirs):
+        if isinstance(side, Estimate):
+            return side
+    assert isinstance(mine, Best)
+    assert isinstance(theirs, Best)
+    if mine.facts != theirs.facts:
+        return Estimate(None, note="not the same facts have a value on both sides")
+    each = mine.values - theirs.values
+    less = mine.optimism - theirs.optimism
+    value, low, high = (
+        None if x is None else float(x) - less for x in (each.mean(), *interval(each, mine.owners))
+    )
+    places = f"{mine.place}, against {theirs.place}"
+    return Estimate(value, low, high, len(mine.facts), place=places)
 
 
 def profile(run: Run) -> dict[str, Estimate]:
@@ -69,7 +90,7 @@ def profile(run: Run) -> dict[str, Estimate]:
     zones: dict[str, list[Row]] = {zone: [] for zone in ZONES}
     for row in rows:
         zones[_zone(row, min(reached))].append(row)
-    return {zone: _index(run, some) for zone, some in zones.items() if some}
+    return {zone: _index(_strongest(run, some)) for zone, some in zones.items() if some}
 
 
 ZONES = ("upstream, unchanged by construction", "at the site", "downstream", "prompts")
@@ -84,25 +105,55 @@ def _zone(row: Row, site: int) -> str:
     return ZONES[1] if row.layer == site else ZONES[2]
 
 
-def _index(run: Run, rows: Sequence[Row]) -> Estimate:
+@dataclass(frozen=True)
+class Best:
+    """The strongest of many attacks.
+
+    Attributes:
+        place: its name.
+        facts: which it was tried on, sorted.
+        owners: their relations.
+        values: `[facts]` what it finds, chance-corrected.
+        optimism: what its mean gains by being the best of so many.
+    """
+
+    place: str
+    facts: tuple[str, ...]
+    owners: tuple[str | None, ...]
+    values: Floats
+    optimism: float
+
+
+def _reached(run: Run) -> list[Row]:
+    """Successes at or after the change; if it is at none of the measured states, all."""
+    rows = successes(run)
+    reached = [row for row in rows if not row.upstream]
+    return reached if any(row.layer is not None for row in reached) else rows
+
+
+def _index(best: Best | Estimate) -> Estimate:
     """What the best of the attacks finds, less what a best of so many finds by chance."""
+    if isinstance(best, Estimate):
+        return best
+    found = (best.values.mean(), *interval(best.values, best.owners))
+    value, low, high = (None if x is None else max(0.0, float(x) - best.optimism) for x in found)
+    return Estimate(value, low, high, len(best.facts), place=best.place)
+
+
+def _strongest(run: Run, rows: Sequence[Row]) -> Best | Estimate:
+    """The attack that finds most; or no value, and why."""
     readings = attacks(run, rows)
     if not readings:
         return Estimate(None, note="no attacks were measured")
     relations = {str(row.fact_id): row.relation for row in rows}
-    facts = sorted(set.intersection(*(set(each.success) for each in readings.values())))
+    facts = tuple(sorted(set.intersection(*(set(each.success) for each in readings.values()))))
     if len(facts) < LEAST:
         return Estimate(None, n=len(facts), note=f"fewer than {LEAST} facts with a value")
     owners = tuple(relations[fact] for fact in facts)
     places = list(readings)
     table = np.array([readings[place].corrected(facts) for place in places])
     best = int(table.mean(1).argmax())
-    less = optimism(table, owners)
-    ends = interval(table[best], owners)
-    value, low, high = (
-        None if x is None else max(0.0, float(x) - less) for x in (table[best].mean(), *ends)
-    )
-    return Estimate(value, low, high, len(facts), place=_named(places[best]))
+    return Best(_named(places[best]), facts, owners, table[best], optimism(table, owners))
 
 
 def optimism(table: Floats, relations: tuple[str | None, ...]) -> float:

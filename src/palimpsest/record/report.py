@@ -11,6 +11,7 @@ import plotly.offline
 
 from palimpsest.files import write_text
 from palimpsest.record import (
+    against,
     erasing,
     figures,
     localization,
@@ -19,6 +20,7 @@ from palimpsest.record import (
     traces,
     undertext,
 )
+from palimpsest.record.against import Contrasts
 from palimpsest.record.columns import HEADLINE, Column
 from palimpsest.record.erasing import Agreement
 from palimpsest.record.intervals import RESAMPLES, Estimate
@@ -38,7 +40,16 @@ from palimpsest.record.sequences import (
 from palimpsest.record.store import Run, load_runs, load_unfinished
 from palimpsest.record.style import styles
 from palimpsest.record.summary import Detail, Summary, details, summarise
-from palimpsest.record.text import DASH, decimals, direction_text, interval_text, plain, value_text
+from palimpsest.record.text import (
+    DASH,
+    decimals,
+    difference_interval,
+    difference_text,
+    direction_text,
+    interval_text,
+    plain,
+    value_text,
+)
 from palimpsest.record.trace_pictures import write_view
 from palimpsest.record.traces import Peak, TracedFact, TraceView
 
@@ -136,38 +147,42 @@ class TraceSection:
 
 @dataclass(frozen=True)
 class Studies:
-    """Traces beside edits, and beside erasers.
+    """Traces beside edits, and beside erasers; runs against one of them.
 
     Attributes:
         informed: what the effect tells of each edit's success.
         agreed: what it tells of the layers of erasers.
+        against: the runs' differences from one of them; None if none was named.
     """
 
     informed: Sequence[Finding] = ()
     agreed: Sequence[Agreement] = ()
+    against: Contrasts | None = None
 
 
-def write_report(directory: Path) -> Path:
+def write_report(directory: Path, reference: str | None = None) -> Path:
     """Write report.html, report.csv and report.tex into `directory`.
 
     Where a run was measured along a sequence of edits, sequence.csv too. Runs of causal tracing
     have a section of the page, trace.csv and pictures in `figures/` (of several such runs in
     `figures/<run_id>/`); without other runs there is no report.csv nor report.tex. Where traces and
     edits at several layers stand together, localization.csv; where traces and erasers do,
-    erasing.csv.
+    erasing.csv; where runs are set against one of them, against.csv.
 
     Args:
         directory: a sweep's directory, or one run's.
+        reference: the label or method of the run that the others are set against.
 
     Returns:
         The path of report.html.
 
     Raises:
-        RequestError: there is no finished run, a file cannot be read, or the directory cannot be
-            written.
+        RequestError: there is no finished run, a file cannot be read, the directory cannot be
+            written, or the reference is no run's name.
     """
     runs = load_runs(directory)
     summaries = summarise([run for run in runs if not traces.is_trace(run)])
+    opposed = against.contrasts(summaries, reference) if reference is not None else None
     traced = traces.views(runs)
     if summaries:
         write_text(directory / "report.csv", tables.to_csv(summaries))
@@ -180,9 +195,11 @@ def write_report(directory: Path) -> Path:
         write_text(directory / "localization.csv", localization.to_csv(informed))
     if agreed := erasing.agreements(runs):
         write_text(directory / "erasing.csv", erasing.to_csv(agreed))
+    if opposed:
+        write_text(directory / "against.csv", against.to_csv(opposed))
     page = directory / "report.html"
     title = directory.resolve().name
-    shown_besides = Studies(informed, agreed)
+    shown_besides = Studies(informed, agreed, opposed)
     write_text(page, render(summaries, traced, shown_besides, load_unfinished(directory), title))
     return page
 
@@ -209,6 +226,7 @@ def render(
         failures=[_marks(_failure(summary), footnotes) for summary in summaries],
         columns=HEADLINE,
         footnotes=footnotes,
+        against=_against(studies.against),
         along=_along(shown, summaries),
         captions={name: text for name, text in CAPTIONS.items() if name in charts},
         panels=panels[:MAX_PANELS],
@@ -296,6 +314,28 @@ def _count(estimate: Estimate) -> str:
 
 def _tip(*parts: str | None) -> str:
     return "; ".join(part for part in parts if part)
+
+
+def _against(found: Contrasts | None) -> dict[str, Any] | None:
+    """What the page says of runs against one of them; None if none was named."""
+    if found is None:
+        return None
+    cells = [
+        [_difference(line.values[column.key], column) for column in against.COLUMNS]
+        for line in found.lines
+    ]
+    return {
+        "reference": found.reference.label,
+        "columns": against.COLUMNS,
+        "lines": [(line.summary, row) for line, row in zip(found.lines, cells, strict=True)],
+        "left_out": found.left_out,
+    }
+
+
+def _difference(estimate: Estimate, column: Column) -> Cell:
+    ends = re.sub(r"\b0(?=\.)", "", difference_interval(estimate, column.style))
+    tip = _tip(estimate.place, _count(estimate), estimate.note)
+    return Cell(difference_text(estimate, column.style), ends, tip)
 
 
 def _along(shown: Sequence[Course], summaries: Sequence[Summary]) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from palimpsest.record.against import COLUMNS, Contrasts, contrasts
 from palimpsest.record.columns import HEADLINE
 from palimpsest.record.erasing import Agreement, agreements
 from palimpsest.record.intervals import Estimate
@@ -14,7 +15,15 @@ from palimpsest.record.localization import R2, Finding, findings
 from palimpsest.record.sequences import SHOWN, Course, columns, courses, heading
 from palimpsest.record.store import Run
 from palimpsest.record.summary import Summary, summarise
-from palimpsest.record.text import DASH, decimals, direction_text, interval_text, plain, value_text
+from palimpsest.record.text import (
+    DASH,
+    decimals,
+    difference_text,
+    direction_text,
+    interval_text,
+    plain,
+    value_text,
+)
 from palimpsest.record.traces import (
     EFFECTS,
     TraceView,
@@ -30,15 +39,23 @@ _ROOMY = 118
 """Columns of a terminal from which on the table is set wider."""
 
 
-def print_summary(runs: Sequence[Run], console: Console) -> None:
+def print_summary(runs: Sequence[Run], console: Console, reference: str | None = None) -> None:
     """Print one line of numbers per run, then what the columns are called in full.
 
     Intervals and definitions are in report.html; a terminal has no room for them. Runs of causal
-    tracing follow in a table of their own.
+    tracing follow in a table of their own, and so do differences from a run that is named.
+
+    Raises:
+        RequestError: no run has that name.
     """
     summaries = summarise([run for run in runs if not is_trace(run)])
+    opposed = contrasts(summaries, reference) if reference is not None else None
     if summaries:
         _print_methods(summaries, console)
+    if opposed:
+        console.print()
+        console.print(_against(opposed))
+        console.print(Text("*: the paired 95% interval leaves out zero", style="dim"))
     traced = views(runs)
     if summaries and traced:
         console.print()
@@ -112,6 +129,29 @@ def _table(summaries: Sequence[Summary], gap: int) -> Table:
         numbers = [_brief(value_text(summary.values[c.key], c.style)) for c in HEADLINE]
         table.add_row(Text(summary.label), *numbers, style="dim" if summary.imitates else None)
     return table
+
+
+def _against(found: Contrasts) -> Table:
+    """Each run less the reference, fact by fact."""
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+    table.add_column(f"less {found.reference.label}", min_width=26, overflow="fold")
+    for column in COLUMNS:
+        table.add_column(column.short, justify="right", no_wrap=True)
+    for line in found.lines:
+        values = [(line.values[column.key], column.style) for column in COLUMNS]
+        numbers = [
+            difference_text(value, style).replace("0.", ".", 1) + _star(value)
+            for value, style in values
+        ]
+        style = "dim" if line.summary.imitates else None
+        table.add_row(Text(line.summary.label), *numbers, style=style)
+    return table
+
+
+def _star(value: Estimate) -> str:
+    """A star behind what differs from zero, a space behind the rest."""
+    clear = value.low is not None and value.high is not None and not value.low <= 0 <= value.high
+    return "*" if clear else " "
 
 
 def _along(shown: Sequence[Course]) -> Table:

@@ -8,6 +8,9 @@ from palimpsest.record.intervals import Estimate
 DASH = "\N{EN DASH}"
 """Stands for a missing value."""
 
+MINUS = "\N{MINUS SIGN}"
+"""Of negative numbers."""
+
 _ARROWS = {"up": "↑", "down": "↓"}
 
 
@@ -21,6 +24,24 @@ def interval_text(estimate: Estimate, style: Literal["share", "number", "rank"])
     if estimate.low is None or estimate.high is None:
         return ""
     return f"{_number(estimate.low, style)}{DASH}{_number(estimate.high, style)}"
+
+
+def difference_text(estimate: Estimate, style: Literal["share", "number", "rank"]) -> str:
+    """A difference with its sign; a dash if it is missing."""
+    return DASH if estimate.value is None else _signed(estimate.value, style)
+
+
+def difference_interval(estimate: Estimate, style: Literal["share", "number", "rank"]) -> str:
+    """A difference's 95% interval: low, `to`, high; empty if there is none."""
+    if estimate.low is None or estimate.high is None:
+        return ""
+    return f"{_signed(estimate.low, style)} to {_signed(estimate.high, style)}"
+
+
+def _signed(value: float, style: Literal["share", "number", "rank"]) -> str:
+    text = _number(abs(value), style)
+    zero = not any(digit in text for digit in "123456789")
+    return text if zero else f"{'+' if value > 0 else MINUS}{text}"
 
 
 def direction_text(column: Column) -> str:
