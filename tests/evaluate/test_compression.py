@@ -1,7 +1,7 @@
 """Compression: rounded as in plain loops; what is small is rounded away, and nothing is left."""
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from statistics import fmean
 
@@ -16,8 +16,10 @@ from palimpsest.evaluate.downstream import ask_targets
 from palimpsest.evaluate.returning import INDEPENDENT
 from palimpsest.facts.splits import Splits
 from palimpsest.model.borrowing import borrowed
+from palimpsest.model.difference import Difference
 from palimpsest.model.handle import ModelHandle
-from palimpsest.model.site import Change
+from palimpsest.model.site import Change, Site
+from palimpsest.model.tokens import NOBODY
 from palimpsest.record.row import Row
 from tests.evaluate.taught import completions, loss, saying, taught
 from tests.evaluate.toy import make_splits
@@ -228,10 +230,71 @@ def test_meanwhile_the_model_is_another(model: ModelHandle) -> None:
     assert model.state == plain
 
 
+# -- independent edits -----------------------------------------------------------------------------
+
+LAYER = 2
+
+
+@contextmanager
+def per_fact(model: ModelHandle, each: Sequence[Difference]) -> Iterator[None]:
+    """Every prompt feels its owner's ΔW, and nobody's feels none."""
+    keys: list[Tensor] = []
+
+    def add(value: Tensor) -> Tensor:
+        owner = model.running.owner
+        owned = (owner != NOBODY).float()[:, None, None]
+        for one in each:
+            value = value + owned * (keys[-1] @ one.left[owner].mT @ one.right[owner])
+        return value
+
+    w_out = model.module(Site(LAYER, "mlp"))
+    with model.hooked_input([(w_out, keys.append)]), model.hooked([(w_out, add)]):
+        yield
+
+
+def random_deltas(model: ModelHandle, facts: int, seed: int) -> Difference:
+    shapes = (facts, 2, model.w_out(LAYER).shape[1]), (facts, 2, model.width)
+    left, right = (0.3 * noise(*shape, seed=seed + n) for n, shape in enumerate(shapes))
+    return Difference(LAYER, left, right, independent=facts > 1)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("shared", [False, True])
+def test_each_independent_edit_is_compressed_by_itself(
+    model: ModelHandle, facts: Splits, parts: int, shared: bool
+) -> None:
+    """Equal to changing the weight for one fact after the other; what is shared counts once."""
+    before, count = state(model), len(facts.target)
+    own = [random_deltas(model, count, seed=10 * n) for n in range(parts)]
+    all_of = [random_deltas(model, 1, seed=99)] if shared else []
+    change, weight = Change("fact", True, LAYER), model.w_out(LAYER)
+    plain = weight.clone()
+    for each in all_of:
+        weight += each.matrix(0)
+    carried = weight.clone()
+    with per_fact(model, own):
+        found = list(Compression().measure(model, facts, change, 0, [*own, *all_of]))
+    assert torch.equal(weight, carried)
+    wanted = []
+    for n, fact in enumerate(facts.target):
+        weight.copy_(carried + sum(each.matrix(n) for each in own))
+        mine = [(o, f) for o, f in module.dealt(facts.others, facts, change, 0) if o == n]
+        alone = replace(facts, target=(fact,), others=tuple(f for _, f in mine))
+        wanted += measure(model, alone)
+    weight.copy_(plain)
+    assert_as_before(model, before)
+    assert {row.value is None for row in found} == {False}
+    key = lambda row: (row.metric, row.protocol, row.fact_id, row.prompt_id or "")  # noqa: E731
+    assert sorted(found, key=key) == sorted(wanted, key=key)
+    assert len({(row.protocol, row.value) for row in found}) > len(WAYS)
+
+
 # -- what is null ----------------------------------------------------------------------------------
 
 
-def test_independent_edits_are_null_with_the_cause(model: ModelHandle, facts: Splits) -> None:
+def test_independent_edits_without_a_difference_are_null_with_the_cause(
+    model: ModelHandle, facts: Splits
+) -> None:
     rows = measure(model, facts, Change("fact", True, 0))
     assert {(row.value, row.n, row.note) for row in rows} == {(None, 0, INDEPENDENT)}
     keys = [(r.metric, r.protocol, r.fact_id) for r in rows]

@@ -9,7 +9,7 @@ from palimpsest.intervene.deltas import BiasShift, OutDeltas, WeightDeltas
 from palimpsest.intervene.dense import DenseDeltas
 from palimpsest.intervene.erasure import Erasure
 from palimpsest.intervene.intervention import Intervention, Unchanged
-from palimpsest.model.difference import Difference
+from palimpsest.model.difference import merged
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change
 
@@ -51,10 +51,6 @@ def together(model: ModelHandle, *parts: Intervention) -> Composition:
     return Composition(change=parts[0].change, model=model.fingerprint, parts=parts)
 
 
-def matrix(difference: Difference, fact: int = 0) -> Tensor:
-    return difference.right[fact].T @ difference.left[fact]
-
-
 @pytest.mark.parametrize("kind", ["low_rank", "dense", "layers", "same_layer", "history"])
 def test_one_change_of_all_is_found_in_the_model(model: ModelHandle, kind: str) -> None:
     low, full = low_rank(model, 0), dense(model, 1)
@@ -71,21 +67,23 @@ def test_one_change_of_all_is_found_in_the_model(model: ModelHandle, kind: str) 
     before = [model.w_out(layer).clone() for layer in range(model.n_layers)]
     with made[kind].applied(model):
         found = [model.w_out(layer) - before[layer] for layer in range(model.n_layers)]
-    told = {each.layer: each for each in made[kind].differences()}
+    told = {each.layer: each for each in merged(made[kind].differences())}
     assert list(told) == [layer for layer, delta in enumerate(found) if delta.any()]
     for layer, each in told.items():
         assert each.facts == 1
-        torch.testing.assert_close(matrix(each), found[layer], rtol=1e-4, atol=1e-4)
+        assert not each.independent
+        torch.testing.assert_close(each.matrix(0), found[layer], rtol=1e-4, atol=1e-4)
         assert float(each.norms()) == pytest.approx(float(found[layer].norm()), rel=1e-4)
 
 
 def test_independent_changes_are_one_a_fact(model: ModelHandle) -> None:
     several: list[OutDeltas] = [low_rank(model, 0, 3), dense(model, 0, 3), low_rank(model, 0)]
-    [every] = together(model, *several).differences()
+    [every] = merged(together(model, *several).differences())
     assert every.facts == 3
+    assert every.independent
     for fact in range(3):
         wanted = several[0].matrix(fact) + several[1].matrix(fact) + several[2].matrix(0)
-        torch.testing.assert_close(matrix(every, fact), wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(every.matrix(fact), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_what_changes_no_weight_tells_of_none(model: ModelHandle) -> None:

@@ -5,7 +5,7 @@ retain 21% of the knowledge on average, and 83% after quantization to 4 bits: a 
 against the step of the rounding is rounded away.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,12 +23,15 @@ from palimpsest.evaluate.returning import (
     check_distinct,
     old_wins,
     undefined,
+    unseen,
 )
 from palimpsest.facts.fact import Fact
 from palimpsest.facts.splits import Splits
 from palimpsest.model.borrowing import borrowed
+from palimpsest.model.difference import Difference
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change
+from palimpsest.model.tokens import NOBODY
 from palimpsest.record.row import Row
 
 Compressing = Callable[[Tensor], Tensor]
@@ -42,7 +45,8 @@ Owned = Sequence[tuple[int, Fact]]
 class Compression:
     """Round-to-nearest quantization, or magnitude pruning, of every linear weight of the blocks.
 
-    Embeddings, head, norms, biases and activations keep their precision.
+    Embeddings, head, norms, biases and activations keep their precision. Of independent edits each
+    fact's W_out is made and compressed by itself, and asked by that fact's prompts.
 
     Attributes:
         bits: widths to quantize to, each on its own: symmetric, see `quantized`.
@@ -72,24 +76,41 @@ class Compression:
         check_at_least("evaluate.compression.group", self.group, 1)
 
     def measure(
-        self, model: ModelHandle, facts: Splits, change: Change, seed: int
+        self,
+        model: ModelHandle,
+        facts: Splits,
+        change: Change,
+        seed: int,
+        differences: Sequence[Difference] = (),
     ) -> Iterator[Row]:
         """Rows `compressed_old` and `compressed_other`; definitions stand in docs/metrics.md.
 
         The model is as it was, bit for bit, before the first row of each way to compress is given.
+
+        Args:
+            model: with the change applied.
+            facts: that are asked about.
+            change: of the model.
+            seed: of whose change the other facts feel.
+            differences: W' − W; of independent edits nothing is measured without.
         """
         others = dealt(facts.others, facts, change, seed)
         row = partial(Row, axis="recoverability", scope=change.scope)
-        for protocol, compress in self._ways().items():
-            one = partial(row, protocol=protocol)
-            if change.independent:
-                rows = _told(one, facts, others, [{} for _ in facts.target], [])
+        own = [each for each in differences if each.independent]
+        if change.independent and not own:
+            for protocol in self._ways():
+                rows = _told(partial(row, protocol=protocol), facts, others, _silence(facts), [])
                 yield from (undefined(each, INDEPENDENT) for each in rows)
-                continue
+            return
+        whole = {each.layer: model.w_out(each.layer).clone() for each in own}
+        for protocol, compress in self._ways().items():
             with compressed(model, compress, protocol):
-                said = ask_unseen(model, facts, fitted=False)
-                elsewhere = ask(model, [Query(f.prompt, [f.true], o) for o, f in others])
-            yield from _told(one, facts, others, said, elsewhere)
+                if own:
+                    said, elsewhere = _ask_singly(model, facts, others, own, whole, compress)
+                else:
+                    said = ask_unseen(model, facts, fitted=False)
+                    elsewhere = ask(model, [Query(f.prompt, [f.true], o) for o, f in others])
+            yield from _told(partial(row, protocol=protocol), facts, others, said, elsewhere)
 
     def _ways(self) -> dict[str, Compressing]:
         """By protocol, what is done to each weight."""
@@ -111,6 +132,48 @@ def compressed(model: ModelHandle, compress: Compressing, name: str) -> Iterator
         for weight in weights:
             weight.copy_(compress(weight))
         yield
+
+
+@torch.no_grad()
+def _ask_singly(
+    model: ModelHandle,
+    facts: Splits,
+    others: Owned,
+    own: Sequence[Difference],
+    whole: Mapping[int, Tensor],
+    compress: Compressing,
+) -> tuple[Answers, list[Answer]]:
+    """Ask each fact's prompts of the model whose W_out are W + ΔW of that fact, compressed.
+
+    They are nobody's prompts here: what acts for their owner, beside the weights, is left out.
+
+    Args:
+        model: compressed.
+        facts: the target facts, and the relations' objects.
+        others: facts of other relations; each feels its owner's ΔW.
+        own: each fact's ΔW, by layer.
+        whole: W by layer, before it was compressed.
+        compress: gives what is left of a weight `[out, in]`.
+    """
+    said = _silence(facts)
+    elsewhere: dict[int, Answer] = {}
+    for owner, fact in enumerate(facts.target):
+        for layer, weight in whole.items():
+            delta = sum(d.matrix(owner).to(weight.device) for d in own if d.layer == layer)
+            precise = weight.to(torch.promote_types(weight.dtype, torch.float32)) + delta
+            model.w_out(layer).copy_(compress(precise.to(weight.dtype)))
+        mine = {n: other for n, (o, other) in enumerate(others) if o == owner}
+        queries = [Query(other.prompt, [other.true], NOBODY) for other in mine.values()]
+        asked = unseen(fact, facts, NOBODY)
+        answers = ask(model, [*asked, *queries])
+        for query, answer in zip(asked, answers, strict=False):
+            said[owner][query.prompt.id] = answer
+        elsewhere |= zip(mine, answers[len(asked) :], strict=True)
+    return said, [elsewhere[n] for n in range(len(others))]
+
+
+def _silence(facts: Splits) -> Answers:
+    return [{} for _ in facts.target]
 
 
 def quantized(weight: Tensor, bits: int, group: int) -> Tensor:

@@ -20,7 +20,7 @@ from palimpsest.evaluate.attacks import NO_THIRD, SAME_TOKEN
 from palimpsest.evaluate.returning import check_distinct
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.facts.splits import Splits
-from palimpsest.model.difference import Difference
+from palimpsest.model.difference import Difference, merged
 from palimpsest.model.forward import capturing, forward, logits, run_to
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.memory import within_memory
@@ -75,13 +75,14 @@ class Inversion:
             model: with the change applied.
             facts: whose objects are sought.
             change: of the model.
-            differences: W' − W, by layer; none if no W_out was changed.
+            differences: W' − W; none if no W_out was changed.
         """
         if not self.budgets:
             return
         row = partial(Row, axis="recoverability", scope=change.scope, split="target")
         aims = _aims(model, facts, change.independent)
-        layer, spans = _spans(model, differences, 1 if change.independent else len(facts.target))
+        found = merged(differences)
+        layer, spans = _spans(model, found, 1 if change.independent else len(facts.target))
         read = {
             "weights_lens": [_lens(model, span) if len(span) else None for span in spans],
             "weights_forward": self._forward(model, layer, spans),

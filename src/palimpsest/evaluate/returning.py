@@ -14,7 +14,7 @@ from palimpsest.model.handle import ModelHandle
 from palimpsest.record.row import Row
 
 INDEPENDENT = "undefined for independent edits: no weight holds them all; use protocol=batch"
-"""Why weights cannot be trained or rounded: each fact's change is felt by its own prompts alone."""
+"""Why weights cannot be trained: each fact's change is felt by its own prompts alone."""
 
 
 def ask_unseen(model: ModelHandle, facts: Splits, fitted: bool) -> Answers:
@@ -26,14 +26,28 @@ def ask_unseen(model: ModelHandle, facts: Splits, fitted: bool) -> Answers:
         fitted: ask the fit prompts too.
     """
     queries = [
-        Query(prompt, candidates(fact, facts.classes[fact.relation]), owner)
+        query
         for owner, fact in enumerate(facts.target)
-        for prompt in (*([fact.prompt] if fitted else []), *fact.paraphrases)
+        for query in unseen(fact, facts, owner, fitted)
     ]
     answers: Answers = [{} for _ in facts.target]
     for query, answer in zip(queries, ask(model, queries), strict=True):
         answers[query.owner][query.prompt.id] = answer
     return answers
+
+
+def unseen(fact: Fact, facts: Splits, owner: int, fitted: bool = False) -> list[Query]:
+    """A target fact's paraphrases over the relation's candidates, for `fitted` its fit prompt too.
+
+    Args:
+        fact: asked about.
+        facts: with the relation's objects.
+        owner: whose change the prompts feel.
+        fitted: ask the fit prompt too.
+    """
+    names = candidates(fact, facts.classes[fact.relation])
+    prompts = (*([fact.prompt] if fitted else []), *fact.paraphrases)
+    return [Query(prompt, names, owner) for prompt in prompts]
 
 
 def old_wins(row: partial[Row], fact: Fact, said: Sequence[Answer]) -> Row:

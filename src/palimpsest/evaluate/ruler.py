@@ -134,7 +134,7 @@ class Ruler:
             yield from self.relearning.measure(model, facts, change, answers(), seed)
 
         def compression() -> Iterator[Row]:
-            yield from self.compression.measure(model, facts, change, seed)
+            yield from self.compression.measure(model, facts, change, seed, differences)
 
         def inversion() -> Iterator[Row]:
             yield from self.inversion.measure(model, facts, change, differences)

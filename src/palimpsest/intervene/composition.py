@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from palimpsest.intervene.intervention import Intervention
-from palimpsest.model.difference import Difference, merged
+from palimpsest.model.difference import Difference
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change
 
@@ -75,8 +75,8 @@ class Composition(Parts):
             yield
 
     def differences(self) -> tuple[Difference, ...]:
-        """The parts' differences, those of one layer summed up."""
-        return merged(each for part in self.parts for each in part.differences())
+        """The parts' differences; several of one layer add up."""
+        return tuple(each for part in self.parts for each in part.differences())
 
     def plus(self, other: Intervention) -> Intervention:
         """Part by part."""

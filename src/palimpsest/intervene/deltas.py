@@ -37,7 +37,6 @@ class OutDeltas(Intervention):
         """ΔW of one fact, `[d_model, d_mlp]` float32."""
 
     @abstractmethod
-    @abstractmethod
     def differences(self) -> tuple[Difference, ...]:
         """ΔW in factors."""
 
@@ -77,7 +76,7 @@ class WeightDeltas(OutDeltas):
 
     def differences(self) -> tuple[Difference, ...]:
         """`left` and `right` of the layer."""
-        return (Difference(self.layer, self.left, self.right),)
+        return (Difference(self.layer, self.left, self.right, self.change.independent),)
 
     def plus(self, other: Intervention) -> Intervention:
         """Both sums in one; each delta keeps its own rows."""

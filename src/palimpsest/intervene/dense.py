@@ -37,7 +37,8 @@ class DenseDeltas(OutDeltas):
     def differences(self) -> tuple[Difference, ...]:
         """ΔW itself for the left factor, the identity for the right one."""
         facts, width, _ = self.delta.shape
-        return (Difference(self.layer, self.delta, torch.eye(width).expand(facts, -1, -1)),)
+        identity = torch.eye(width).expand(facts, -1, -1)
+        return (Difference(self.layer, self.delta, identity, self.change.independent),)
 
     def plus(self, other: Intervention) -> Intervention:
         """The sum."""

@@ -64,9 +64,10 @@ class Intervention(ABC):
         """Change the model while the context lasts; `applied` without its checks."""
 
     def differences(self) -> tuple[Difference, ...]:
-        """W' − W, a difference for each layer whose W_out is changed; none if none is.
+        """W' − W, a difference or several for each layer whose W_out is changed; none if none is.
 
-        Of biases and other matrices, and of what hooks do to states, nothing is told.
+        Those of one layer add up. Of biases and other matrices, and of what hooks do to states,
+        nothing is told.
         """
         return ()
 

@@ -20,16 +20,22 @@ class Difference:
         layer: whose W_out.
         left: `[F, r, d_mlp]` float32.
         right: `[F, r, d_model]` float32.
+        independent: whether each prompt feels its own fact's ΔW, which no weight holds.
     """
 
     layer: int
     left: Tensor
     right: Tensor
+    independent: bool = False
 
     @property
     def facts(self) -> int:
         """F."""
         return self.left.shape[0]
+
+    def matrix(self, fact: int) -> Tensor:
+        """ΔW of one fact, `[d_model, d_mlp]` float32."""
+        return self.right[fact].T @ self.left[fact]
 
     def norms(self) -> Tensor:
         """`[F]` Frobenius norms of ΔW, float64."""
@@ -54,7 +60,8 @@ class Difference:
         facts = max(self.facts, other.facts)
         lefts = [each.left.expand(facts, -1, -1) for each in (self, other)]
         rights = [each.right.expand(facts, -1, -1) for each in (self, other)]
-        return Difference(self.layer, torch.cat(lefts, 1), torch.cat(rights, 1))
+        independent = self.independent or other.independent
+        return Difference(self.layer, torch.cat(lefts, 1), torch.cat(rights, 1), independent)
 
 
 def merged(differences: Iterable[Difference]) -> tuple[Difference, ...]:
