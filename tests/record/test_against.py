@@ -14,7 +14,7 @@ from palimpsest.record.columns import HEADLINE
 from palimpsest.record.intervals import RESAMPLES, resampling
 from palimpsest.record.recoverable import recoverable, recoverable_beyond
 from palimpsest.record.report import write_report
-from palimpsest.record.row import Row
+from palimpsest.record.row import UPSTREAM, Row
 from palimpsest.record.store import Run
 from palimpsest.record.summary import summarise
 from palimpsest.record.terminal import print_summary
@@ -26,16 +26,16 @@ from tests.record.test_recoverable import FACTS, attack, probe, run_of, share
 INDEX = "recoverability/recoverable/index"
 
 
-def said(values: dict[str, float | None], prompts: int = 1, **fields: str) -> list[Row]:
-    """Success on paraphrases, by fact."""
+def said(values: dict[str, float | None], prompts: int = 1, first: int = 0) -> list[Row]:
+    """Success on paraphrases, by fact, numbered from the first."""
     return [
         Row(
             scope="fact", axis="downstream", metric="paraphrase", protocol="probability",
             split="target", fact_id=fact, relation="r", prompt_id=f"paraphrase/{n}", value=value,
-            note=None if value is not None else "failed", **fields,
+            note=None if value is not None else "failed",
         )
         for fact, value in values.items()
-        for n in range(prompts)
+        for n in range(first, first + prompts)
     ]  # fmt: skip
 
 
@@ -86,18 +86,27 @@ def test_only_facts_with_both_values_count(tmp_path: Path) -> None:
     assert (missing.value, missing.note) == (None, "one of the two has no value")
 
 
-def test_what_is_no_single_facts_has_no_interval(tmp_path: Path) -> None:
-    sides = [
-        [
-            Row(
-                scope="fact", axis="downstream", metric="perplexity", protocol="heldout_text",
-                value=value, n=100,
-            )
-        ]
-        for value in (27.5, 26.0)
+def test_only_prompts_with_both_values_count(tmp_path: Path) -> None:
+    one = said(dict.fromkeys(FACTS, 1.0)) + said(dict.fromkeys(FACTS, 0.0), first=1)
+    other = said(dict.fromkeys(FACTS, 1.0)) + said(dict.fromkeys(FACTS), first=1)
+    found = contrast(PARAPHRASE, *pair(tmp_path, one, other))
+    assert (found.value, found.low, found.high) == (0.0, 0.0, 0.0)
+
+
+def perplexity(value: float, n: int = 100) -> list[Row]:
+    return [
+        Row(
+            scope="fact", axis="downstream", metric="perplexity", protocol="heldout_text",
+            value=value, n=n,
+        )
     ]  # fmt: skip
-    found = contrast(PERPLEXITY, *pair(tmp_path, *sides))
-    assert (found.value, found.low, found.high) == (1.5, None, None)
+
+
+def test_what_is_no_single_facts_has_no_interval(tmp_path: Path) -> None:
+    found = contrast(PERPLEXITY, *pair(tmp_path, perplexity(27.5), perplexity(26.0)))
+    assert (found.value, found.low, found.high, found.n) == (1.5, None, None, 100)
+    unlike = contrast(PERPLEXITY, *pair(tmp_path / "n", perplexity(27.5), perplexity(26.0, 90)))
+    assert (unlike.value, unlike.note) == (None, "not over the same: n = 100 and 90")
 
 
 def test_the_index_is_compared_fact_by_fact(tmp_path: Path) -> None:
@@ -111,12 +120,50 @@ def test_the_index_is_compared_fact_by_fact(tmp_path: Path) -> None:
     assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
 
 
+def test_only_places_that_count_for_both_are_compared(tmp_path: Path) -> None:
+    """A change at layer 9 that does nothing is no better than no change."""
+    both = [attack("logit_lens", share(0.5), 0.0, layer=24)]
+    unreached = attack("logit_lens", share(1.0), 0.0, layer=6, note=UPSTREAM)
+    whole = attack("logit_lens", share(1.0), 0.0, layer=6, note=UPSTREAM)
+    none = run_of(
+        tmp_path / "a", whole, attack("logit_lens", share(0.5), 0.0, layer=24, note=UPSTREAM)
+    )
+    nothing = run_of(tmp_path / "b", unreached, *both)
+    assert (recoverable(none).value, recoverable(nothing).value) == (1.0, 0.5)
+    found = recoverable_beyond(nothing, none)
+    assert (found.value, found.low, found.high) == (0.0, 0.0, 0.0)
+    lower = run_of(
+        tmp_path / "c", attack("logit_lens", share(1.0), 0.0, layer=6),
+        attack("logit_lens", share(0.25), 0.0, layer=24),
+    )  # fmt: skip
+    assert recoverable_beyond(lower, nothing).value == pytest.approx(-0.25)
+
+
+def test_two_methods_below_chance_do_not_differ(tmp_path: Path) -> None:
+    one, other = (run_of(tmp_path / name, attack("few_shot", share(s), 0.8))
+                  for name, s in (("a", 0.5), ("b", 0.25)))  # fmt: skip
+    assert recoverable(one).value == recoverable(other).value == 0.0
+    found = recoverable_beyond(one, other)
+    assert found.value == 0.0
+    assert found.low <= 0 <= found.high
+
+
+def test_a_failed_fact_is_left_out_of_the_index_on_both_sides(tmp_path: Path) -> None:
+    hits = share(0.5)
+    one = run_of(tmp_path / "a", attack("few_shot", hits, 0.0))
+    rest = {fact: hits[fact] for fact in FACTS[1:]}
+    other = run_of(tmp_path / "b", attack("few_shot", rest, 0.0))
+    found = recoverable_beyond(one, other)
+    assert (found.value, found.n) == (0.0, 23)
+    assert found.note == "1 facts with a value on one side only are left out"
+
+
 def test_an_index_of_other_facts_is_not_compared(tmp_path: Path) -> None:
     hits = share(0.5)
-    some = {fact: hits[fact] for fact in FACTS[:12]}
-    one = run_of(tmp_path / "a", attack("few_shot", hits, 0.0))
-    other = run_of(tmp_path / "b", attack("few_shot", some, 0.0))
-    assert recoverable_beyond(one, other).note == "not the same facts have a value on both sides"
+    first, last = ({fact: hits[fact] for fact in some} for some in (FACTS[:14], FACTS[10:]))
+    one = run_of(tmp_path / "a", attack("few_shot", first, 0.0))
+    other = run_of(tmp_path / "b", attack("few_shot", last, 0.0))
+    assert recoverable_beyond(one, other).note == "fewer than 6 facts have a value on both sides"
     few = run_of(tmp_path / "c", attack("few_shot", {"f00": 1.0}, 0.0))
     assert recoverable_beyond(one, few).note == "fewer than 6 facts with a value"
     assert recoverable_beyond(few, one).value is None
@@ -129,7 +176,7 @@ def test_every_other_run_has_a_line_with_every_number(runs: list[Run]) -> None:
     found = contrasts(summarise(runs), "memit")
     assert found.reference.method == "memit"
     assert len(found.lines) == len(runs) - 1
-    assert not found.left_out
+    assert not found.unlike
     for line in found.lines:
         assert set(line.values) == {column.key for column in COLUMNS}
     assert INDEX in found.lines[0].values
@@ -144,10 +191,20 @@ def test_runs_that_were_asked_something_else_are_left_out(tmp_path: Path) -> Non
         written(tmp_path, "d", rows, method="r_rome", model={"fingerprint": "other"}),
         written(tmp_path, "e", rows, method="ft", config={"evaluate": {"stride": 9}}),
         written(tmp_path, "f", rows[1:], method="ft_l"),
+        written(tmp_path, "g", rows, method="alphaedit", facts={"fingerprint": "other"}),
+        written(tmp_path, "h", rows, method="scrub", config={"model": {"prefix": "x"}}),
     ]
     found = contrasts(summarise(runs), "rome")
     assert [line.summary.method for line in found.lines] == ["memit"]
-    assert sorted(found.left_out) == ["emmet", "ft", "ft_l", "r_rome"]
+    assert sorted(found.unlike) == ["alphaedit", "emmet", "ft", "ft_l", "r_rome", "scrub"]
+    alone = summarise(runs[1:3])
+    with pytest.raises(RequestError, match="expected other runs that were asked the same as memit"):
+        contrasts(alone, "memit")
+
+
+def test_of_traces_alone_nothing_is_compared() -> None:
+    with pytest.raises(RequestError, match="found 'rome'; only traces are here"):
+        contrasts([], "rome")
 
 
 @pytest.mark.parametrize(
@@ -183,13 +240,34 @@ def test_the_page_sets_runs_against_the_named_one(sweep: Path) -> None:
     assert 'fact by fact</h2>\n<p class="caption">Each run' not in write_report(sweep).read_text()
 
 
-def test_the_terminal_stars_what_differs(tmp_path: Path) -> None:
+def lines_of(runs: list[Run], name: str) -> list[str]:
     console = Console(file=io.StringIO(), width=110)
-    sides = (said(dict.fromkeys(FACTS, 1.0)), said(share(0.5)))
-    print_summary(list(pair(tmp_path, *sides)), console, "rome")
-    lines = console.file.getvalue().splitlines()
+    print_summary(runs, console, name)
+    return console.file.getvalue().splitlines()
+
+
+def test_the_terminal_stars_what_differs(tmp_path: Path) -> None:
+    sides = (
+        said(dict.fromkeys(FACTS, 1.0)) + perplexity(36.5),
+        said(share(0.5)) + perplexity(26.0),
+    )
+    other = written(tmp_path, "c", perplexity(1.0), method="emmet", seed=1)
+    lines = lines_of([*pair(tmp_path, *sides), other], "rome")
     [head] = [line for line in lines if line.startswith("less rome")]
     [memit] = [line for line in lines[lines.index(head) :] if line.startswith("memit")]
     assert head.split()[2:] == [column.short for column in COLUMNS]
     assert memit.split()[1 + COLUMNS.index(PARAPHRASE)] == "+.50*"
+    assert memit.split()[1 + COLUMNS.index(PERPLEXITY)] == "+10.5"
     assert max(map(len, lines)) <= 110
+    assert lines[-1].endswith("seed: emmet")
+
+
+def test_the_reference_is_named_by_its_whole_label(tmp_path: Path) -> None:
+    rows = said(share(0.5))
+    runs = [
+        written(tmp_path, name, rows, method="rome", config={"intervene": {"variant": name}})
+        for name in ("plain", "[/b]")
+    ]
+    for run in summarise(runs):
+        shown = "".join(line.strip() for line in lines_of(runs, run.label))
+        assert f"less {run.label}" in shown

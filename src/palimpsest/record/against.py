@@ -11,7 +11,8 @@ import numpy as np
 from palimpsest.errors import RequestError, nearest
 from palimpsest.record.columns import HEADLINE, Column, Mean
 from palimpsest.record.intervals import Estimate, facts_of, interval
-from palimpsest.record.recoverable import recoverable, recoverable_beyond
+from palimpsest.record.recoverable import left_out, recoverable, recoverable_beyond
+from palimpsest.record.row import Row
 from palimpsest.record.store import Run
 from palimpsest.record.summary import Summary
 
@@ -39,19 +40,19 @@ class Contrasts:
     Attributes:
         reference: that one.
         lines: the others, in the order of the table.
-        left_out: labels of those that were asked something else.
+        unlike: labels of those that were asked something else, and are left out.
     """
 
     reference: Summary
     lines: tuple[Contrast, ...]
-    left_out: tuple[str, ...]
+    unlike: tuple[str, ...]
 
 
 def contrasts(summaries: Sequence[Summary], name: str) -> Contrasts:
     """Each run less the one of that label, or the only one of that method.
 
     Raises:
-        RequestError: there is none, or several of that method.
+        RequestError: there is none, or several of that method, or nothing to compare it with.
     """
     reference = _named(summaries, name)
     others = [each for each in summaries if each is not reference]
@@ -60,12 +61,17 @@ def contrasts(summaries: Sequence[Summary], name: str) -> Contrasts:
         Contrast(each, {c.key: contrast(c, each.run, reference.run) for c in COLUMNS})
         for each in alike
     )
-    left_out = tuple(each.label for each in others if each not in alike)
-    return Contrasts(reference, lines, left_out)
+    if not lines:
+        raise RequestError(
+            f"expected other runs that were asked the same as {reference.label} (model, target "
+            f"facts, ruler, seed), found none among {len(others)}; choose another directory or run"
+        )
+    unlike = tuple(each.label for each in others if each not in alike)
+    return Contrasts(reference, lines, unlike)
 
 
 def contrast(column: Column, run: Run, reference: Run) -> Estimate:
-    """A run's number less another's, over the facts for which both have a value.
+    """A run's number less another's, over the prompts and facts that have a value on both sides.
 
     The 95% percentile bootstrap resamples facts, each with its value on both sides. Numbers that
     are no single fact's have no interval.
@@ -73,24 +79,33 @@ def contrast(column: Column, run: Run, reference: Run) -> Estimate:
     if column.read is recoverable:
         return recoverable_beyond(run, reference)
     assert isinstance(column.read, Mean)
-    mine, theirs = (
-        [row for row in column.read.rows(each) if row.value is not None]
+    sides = [
+        {_asked_by(row): row for row in column.read.rows(each) if row.value is not None}
         for each in (run, reference)
-    )
-    if not mine or not theirs:
+    ]
+    if not all(sides):
         return Estimate(None, note="one of the two has no value")
-    if any(row.fact_id is None for row in (*mine, *theirs)):
-        one, other = (column.read(each).value for each in (run, reference))
-        return Estimate(None if one is None or other is None else one - other, n=len(mine))
-    left, right = facts_of(mine), facts_of(theirs)
-    common = sorted(left.keys() & right.keys())
-    if not common:
+    if any(row.fact_id is None for side in sides for row in side.values()):
+        return _of_aggregates(*(column.read(each) for each in (run, reference)))
+    shared = sides[0].keys() & sides[1].keys()
+    left, right = (facts_of([side[key] for key in shared]) for side in sides)
+    if not left:
         return Estimate(None, note="no fact has a value on both sides")
-    each = np.array([left[fact][0] - right[fact][0] for fact in common])
-    low, high = interval(each, tuple(left[fact][1] for fact in common))
-    lacking = len(left.keys() | right.keys()) - len(common)
-    note = f"{lacking} facts with a value on one side only are left out" if lacking else None
-    return Estimate(float(each.mean()), low, high, len(common), note)
+    each = np.array([left[fact][0] - right[fact][0] for fact in left])
+    low, high = interval(each, tuple(relation for _, relation in left.values()))
+    facts = {row.fact_id for side in sides for row in side.values()}
+    return Estimate(float(each.mean()), low, high, len(left), left_out(len(facts) - len(left)))
+
+
+def _asked_by(row: Row) -> tuple[str | None, ...]:
+    return row.fact_id, row.relation, row.prompt_id
+
+
+def _of_aggregates(one: Estimate, other: Estimate) -> Estimate:
+    """The difference of numbers over the same things; null where their counts tell otherwise."""
+    if one.value is None or other.value is None or one.n != other.n:
+        return Estimate(None, note=f"not over the same: n = {one.n:,} and {other.n:,}")
+    return Estimate(one.value - other.value, n=one.n, note=one.note or other.note)
 
 
 def to_csv(found: Contrasts) -> str:
@@ -113,18 +128,25 @@ def _named(summaries: Sequence[Summary], name: str) -> Summary:
     found = found or [each for each in summaries if each.method == name]
     if len(found) == 1:
         return found[0]
+    labels = [each.label for each in (found or summaries)]
     if found:
-        listed = ", ".join(repr(each.label) for each in found)
+        listed = ", ".join(map(repr, labels))
         raise RequestError(f"expected one run in --against, found {len(found)}; name it: {listed}")
-    raise RequestError(
-        f"expected --against to name one of the runs, found {name!r}; "
-        f"{nearest(name, [each.label for each in summaries])}"
-    )
+    hint = nearest(name, labels) if labels else "only traces are here"
+    raise RequestError(f"expected --against to name one of the runs, found {name!r}; {hint}")
 
 
 def _asked(run: Run) -> Any:
-    """What both must share: model, target facts, ruler, seed."""
-    record = run.run
-    ruler = (record.get("config") or {}).get("evaluate")
+    """What both must share: model, data, target facts, ruler, seed."""
+    model, config = run.run.get("model") or {}, run.run.get("config") or {}
+    data = (run.run.get("facts") or {}).get("fingerprint")
     facts = {row.fact_id for row in run.rows if row.split == "target"}
-    return (record.get("model") or {}).get("fingerprint"), facts, ruler, record.get("seed")
+    prefix = (config.get("model") or {}).get("prefix")
+    return (
+        model.get("fingerprint"),
+        prefix,
+        data,
+        facts,
+        config.get("evaluate"),
+        run.run.get("seed"),
+    )

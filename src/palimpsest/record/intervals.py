@@ -84,13 +84,22 @@ def interval(
     Returns:
         Both ends, or two Nones where nothing can vary: fewer than ten relations of one fact each.
     """
-    distinct = len(set(relations))
-    if distinct == len(values) and distinct < CLUSTERS:
+    if not varies(relations):
         return None, None
     if np.ptp(values) == 0:
         return float(values[0]), float(values[0])
     weights = resampling(relations)
-    statistics = _weighted_mean(values, weights) if center == "mean" else _medians(values, weights)
+    return ends(weighted_mean(values, weights) if center == "mean" else _medians(values, weights))
+
+
+def varies(relations: tuple[str | None, ...]) -> bool:
+    """Whether a resample can differ: not with fewer than ten relations of one fact each."""
+    distinct = len(set(relations))
+    return distinct < len(relations) or distinct >= CLUSTERS
+
+
+def ends(statistics: Floats) -> tuple[float, float]:
+    """The 95% percentile interval of a statistic's values `[resamples]`."""
     low, high = np.quantile(statistics, [0.025, 0.975])
     return float(low), float(high)
 
@@ -148,7 +157,8 @@ def _draw(generator: np.random.Generator, size: int) -> Floats:
     return counts.astype(np.float64)
 
 
-def _weighted_mean(values: Floats, weights: Floats) -> Floats:
+def weighted_mean(values: Floats, weights: Floats) -> Floats:
+    """The mean `[resamples]` of values `[facts]` that each resample holds so often."""
     result: Floats = weights @ values / weights.sum(axis=1)
     return result
 

@@ -6,12 +6,21 @@ much the best of so many places gains by being chosen, which the bootstrap tells
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 
-from palimpsest.record.intervals import Estimate, Floats, interval, resampling
+from palimpsest.record.intervals import (
+    Estimate,
+    Floats,
+    ends,
+    interval,
+    resampling,
+    varies,
+    weighted_mean,
+)
 from palimpsest.record.row import Row
 from palimpsest.record.store import Run
 
@@ -56,26 +65,48 @@ def recoverable(run: Run) -> Estimate:
 
 
 def recoverable_beyond(run: Run, other: Run) -> Estimate:
-    """By how much the index of one run exceeds another's on the same facts, fact by fact.
+    """By how much the index of one run exceeds another's, like for like and fact by fact.
 
-    Either side is what its own strongest attack finds, less its optimism. The interval is over
-    facts, each with its value on both sides.
+    Both sides are asked in words and at the layers and positions that count for both, and of the
+    facts that have a value on both. Either is what the strongest attack finds that is defined for
+    it, less its optimism, and at least 0. The interval is over facts, each with its value on both
+    sides.
     """
-    mine, theirs = (_strongest(each, _reached(each)) for each in (run, other))
-    for side in (mine, theirs):
+    rows = [_reached(each) for each in (run, other)]
+    shared = set.intersection(*({_place(row)[1:] for row in some} for some in rows))
+    alike = [[row for row in some if _place(row)[1:] in shared] for some in rows]
+    first, second = (_strongest(each, some) for each, some in zip((run, other), alike, strict=True))
+    for side in (first, second):
         if isinstance(side, Estimate):
             return side
-    assert isinstance(mine, Best)
-    assert isinstance(theirs, Best)
-    if mine.facts != theirs.facts:
-        return Estimate(None, note="not the same facts have a value on both sides")
-    each = mine.values - theirs.values
-    less = mine.optimism - theirs.optimism
-    value, low, high = (
-        None if x is None else float(x) - less for x in (each.mean(), *interval(each, mine.owners))
-    )
-    places = f"{mine.place}, against {theirs.place}"
-    return Estimate(value, low, high, len(mine.facts), place=places)
+    assert isinstance(first, Best)
+    assert isinstance(second, Best)
+    common = {*first.facts} & {*second.facts}
+    lacking = len({*first.facts} | {*second.facts}) - len(common)
+    if not lacking:
+        return _beyond(first, second)
+    kept = [[row for row in some if row.fact_id in common] for some in alike]
+    first, second = (_strongest(each, some) for each, some in zip((run, other), kept, strict=True))
+    if isinstance(first, Estimate) or isinstance(second, Estimate):
+        return Estimate(None, note=f"fewer than {LEAST} facts have a value on both sides")
+    return replace(_beyond(first, second), note=left_out(lacking))
+
+
+def left_out(facts: int) -> str | None:
+    """What to say of facts that cannot be compared; None if there are none."""
+    return f"{facts} facts with a value on one side only are left out" if facts else None
+
+
+def _beyond(first: "Best", second: "Best") -> Estimate:
+    """The difference of two indices over the same facts."""
+    place = f"{first.place}, against {second.place}"
+    value = first.index(first.values.mean()) - second.index(second.values.mean())
+    low = high = None
+    if varies(first.owners):
+        weights = resampling(first.owners)
+        one, two = (each.index(weighted_mean(each.values, weights)) for each in (first, second))
+        low, high = ends(one - two)
+    return Estimate(float(value), low, high, len(first.facts), place=place)
 
 
 def profile(run: Run) -> dict[str, Estimate]:
@@ -123,6 +154,10 @@ class Best:
     values: Floats
     optimism: float
 
+    def index(self, found: Any) -> Any:
+        """The index where the attack finds so much on average: less its optimism, at least 0."""
+        return np.maximum(0.0, found - self.optimism)
+
 
 def _reached(run: Run) -> list[Row]:
     """Successes at or after the change; if it is at none of the measured states, all."""
@@ -136,7 +171,7 @@ def _index(best: Best | Estimate) -> Estimate:
     if isinstance(best, Estimate):
         return best
     found = (best.values.mean(), *interval(best.values, best.owners))
-    value, low, high = (None if x is None else max(0.0, float(x) - best.optimism) for x in found)
+    value, low, high = (None if x is None else float(best.index(x)) for x in found)
     return Estimate(value, low, high, len(best.facts), place=best.place)
 
 

@@ -147,7 +147,7 @@ class TraceSection:
 
 @dataclass(frozen=True)
 class Studies:
-    """Traces beside edits, and beside erasers; runs against one of them.
+    """What runs tell when they are set beside each other.
 
     Attributes:
         informed: what the effect tells of each edit's success.
@@ -328,7 +328,7 @@ def _against(found: Contrasts | None) -> dict[str, Any] | None:
         "reference": found.reference.label,
         "columns": against.COLUMNS,
         "lines": [(line.summary, row) for line, row in zip(found.lines, cells, strict=True)],
-        "left_out": found.left_out,
+        "unlike": found.unlike,
     }
 
 

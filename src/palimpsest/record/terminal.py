@@ -1,5 +1,6 @@
 """The headline numbers in a terminal of a hundred columns."""
 
+import re
 from collections.abc import Sequence
 
 from rich import box
@@ -56,6 +57,9 @@ def print_summary(runs: Sequence[Run], console: Console, reference: str | None =
         console.print()
         console.print(_against(opposed))
         console.print(Text("*: the paired 95% interval leaves out zero", style="dim"))
+        if opposed.unlike:
+            asked = "Left out, asked other facts, of another model, by another ruler or seed: "
+            console.print(Text(asked + ", ".join(opposed.unlike)))
     traced = views(runs)
     if summaries and traced:
         console.print()
@@ -101,7 +105,8 @@ def _informed(found: Sequence[Finding]) -> Table:
         made = each.study
         numbers = [decimals(getattr(made, name).value) if made else DASH for name in R2]
         verdict = made.verdict if made else each.note or ""
-        table.add_row(each.method, each.objective, Text(each.protocol), *numbers, Text(verdict))
+        named = map(Text, (each.method, each.objective, each.protocol))
+        table.add_row(*named, *numbers, Text(verdict))
     return table
 
 
@@ -134,13 +139,13 @@ def _table(summaries: Sequence[Summary], gap: int) -> Table:
 def _against(found: Contrasts) -> Table:
     """Each run less the reference, fact by fact."""
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
-    table.add_column(f"less {found.reference.label}", min_width=26, overflow="fold")
+    table.add_column(Text(f"less {found.reference.label}"), min_width=26, overflow="fold")
     for column in COLUMNS:
         table.add_column(column.short, justify="right", no_wrap=True)
     for line in found.lines:
         values = [(line.values[column.key], column.style) for column in COLUMNS]
         numbers = [
-            difference_text(value, style).replace("0.", ".", 1) + _star(value)
+            re.sub(r"\b0(?=\.)", "", difference_text(value, style)) + _star(value)
             for value, style in values
         ]
         style = "dim" if line.summary.imitates else None
