@@ -172,6 +172,19 @@ def test_a_trace_has_keys_of_its_own(surrounded):
     assert candidates("palimpsest trace intervene=ro") == []
 
 
+def test_the_parts_of_a_pair_are_groups():
+    pair = ["intervene=erase_then_edit"]
+    keys = [f"intervene@intervene.{part}=" for part in ("first", "then")]
+    assert sorted(overrides("intervene@", pair)) == keys
+    assert overrides("intervene@", []) == []
+    found = overrides(f"{keys[0]}leace", pair)
+    assert f"{keys[0]}leace_background" in found
+    assert all("@" in word and "=null" not in word for word in found)
+    chosen = [*pair, f"{keys[0]}memit"]
+    assert "intervene.first.weight=" in overrides("intervene.first.", chosen)
+    assert "intervene.first.svd_tol=" not in overrides("intervene.first.", chosen)
+
+
 def test_the_first_of_several_options_tells_the_keys():
     several = overrides("intervene.", ["intervene=leace,rome", "seed=0,1"])
     assert several == overrides("intervene.", ["intervene=leace"])

@@ -98,6 +98,39 @@ def test_any_two_methods_make_a_pair(call, few):
     assert [len(each) for each in losses.values()] == [6, 6]
 
 
+def test_a_pair_is_named_by_what_is_not_its_own(call, few):
+    words = [
+        "intervene=erase_then_edit",
+        "intervene@intervene.first='leace_weights'",
+        "intervene@intervene.then=rome",
+        "intervene.then.variant=plain",
+        "intervene.first_layer=1",
+        LAYER,
+    ]
+    assert run(call, few, words).method == "erase_then_edit(first=leace_weights)"
+
+
+def test_a_part_that_is_taken_out_is_refused(call, few):
+    outcome = call("run", *few, "intervene=erase_then_edit", "~intervene@intervene.then")
+    assert outcome.code == 2
+    assert "expected intervene.then, found none; leave it in the configuration" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("pair", "part", "layer"),
+    [
+        ("erase_then_edit", "first", "first_layer"),
+        ("edit_then_erase", "then", "then_layer"),
+    ],
+)
+def test_a_part_s_own_late_layer_is_its_default(call, pair, part, layer):
+    for method, late in (("leace", 24), ("leace_weights", 14), ("leace_readers", 24)):
+        words = [f"intervene={pair}", f"intervene@intervene.{part}={method}"]
+        shown = call("run", "--cfg", "job", "--resolve", *words)
+        assert shown.code == 0, shown.err
+        assert f"{layer}: {late}" in shown.out
+
+
 def test_a_pair_without_a_layer_is_refused(call, few):
     outcome = call("run", *few, "intervene=erase_then_edit", LAYER)
     assert outcome.code == 2

@@ -105,6 +105,11 @@ def check(case, call, few, tmp_path):
 
 @cases(
     ("key", "sede=1", r"^expected a known configuration key, found 'sede'; did you mean 'seed'\?$"),
+    (
+        "part without a pair",
+        "intervene@intervene.first=rome",
+        r"^expected intervene@intervene\.first or .*, the parts of a pair .*; choose a pair too$",
+    ),
     ("group", "recrod=local", r"found 'recrod'; did you mean 'record'"),
     ("key in a group", "facts.limti=3", r"found 'facts\.limti'; did you mean 'facts\.limit'"),
     (

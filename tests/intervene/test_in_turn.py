@@ -1,16 +1,24 @@
 """Pairs of methods: the second sees the model that carries the first one's change."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
 from palimpsest.errors import RequestError
-from palimpsest.intervene.eraser import GONE, Eraser, states_of
+from palimpsest.intervene.eraser import (
+    GONE,
+    Eraser,
+    concept,
+    relative_cross_covariance,
+    states_of,
+)
 from palimpsest.intervene.erasure import Erasure
 from palimpsest.intervene.in_turn import InTurn
 from palimpsest.intervene.inlp import Inlp
 from palimpsest.intervene.leace import Leace
+from palimpsest.intervene.leace_weights import LeaceWeights
 from palimpsest.intervene.moments import GivenMoments
 from palimpsest.intervene.orth import MeanProjection
 from palimpsest.intervene.prefixes import GivenPrefixes
@@ -113,6 +121,47 @@ def test_two_erasers_at_one_layer_tell_of_their_fits_apart(llama: ModelHandle) -
     assert residual["fit_sample, then, then"] < 1e-9 < residual["fit_sample, then"]
     keys = [(row.metric, row.protocol, row.layer) for row in both.diagnostics]
     assert len(set(keys)) == len(keys)
+
+
+def test_half_precision_leaves_nothing_to_erase_either(llama: ModelHandle) -> None:
+    half = copy_of(llama, torch.bfloat16)
+    both = InTurn(Leace(), Leace(), then_layer=ERASED).fit(half, SAMPLE, Site(ERASED))
+    assert both.parts[1].proj_left.shape == (half.width, 0)
+
+
+def test_a_control_after_leace_tells_what_it_removes(llama: ModelHandle) -> None:
+    shuffled = Leace(shuffled=True)
+    both = InTurn(Leace(), shuffled, then_layer=ERASED).fit(llama, SAMPLE, Site(ERASED))
+    told = {row.metric: row.value for row in both.diagnostics if row.protocol == "fit_sample, then"}
+    assert told["residual_cross_covariance"] is None
+    assert 0 < told["variance_removed"] < 1
+
+
+@pytest.mark.parametrize("protocol", ["independent", "batch"])
+def test_an_eraser_is_not_folded_under_edits_that_no_weight_holds(
+    llama: ModelHandle, rome: Rome, protocol: str
+) -> None:
+    pair = InTurn(replace(rome, protocol=protocol), LeaceWeights(), then_layer=EDITED)
+    if protocol == "independent":
+        with pytest.raises(RequestError, match=r"both at layer 1: .*; set protocol=batch"):
+            pair.fit(llama, SAMPLE, Site(EDITED, "mlp"))
+        return
+    both = pair.fit(llama, SAMPLE, Site(EDITED, "mlp"))
+    with both.applied(llama):
+        left = states(llama, Site(EDITED, "mlp"))
+    labels = concept((*SAMPLE.target, *SAMPLE.fit), llama.width).labels
+    with both.parts[0].applied(llama):
+        assert relative_cross_covariance(states(llama, Site(EDITED, "mlp")), left, labels) < 1e-4
+
+
+def test_nothing_is_written_below_an_eraser_of_what_w_out_gives(
+    llama: ModelHandle, rome: Rome
+) -> None:
+    before = weights(llama)
+    for first in (Leace("mlp"), InTurn(Leace("mlp"), Leace(), then_layer=0)):
+        with pytest.raises(RequestError, match=r"both at layer 1: .*; set another layer"):
+            InTurn(first, rome, then_layer=EDITED).fit(llama, SAMPLE, Site(EDITED, "mlp"))
+    assert_untouched(llama, before)
 
 
 @pytest.mark.parametrize(("first", "then", "found"), [(None, None, "none"), (1, 2, "both")])

@@ -191,7 +191,7 @@ def test_moments_are_those_of_the_model_that_they_were_asked_of(
         assert not torch.equal(SMALL.several(model, [1])[1].matrix(), wanted)
         for file in files(empty_cache):
             file.unlink()
-        with pytest.raises(RequestError, match="found them gone since the run began"):
+        with pytest.raises(RequestError, match="found them gone while they were in use"):
             second.matrix()
 
 

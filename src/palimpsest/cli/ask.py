@@ -245,6 +245,10 @@ def _overrides(
                 f"expected METHOD:KEY=VALUE with one of --methods {','.join(names)}, found "
                 f"{word!r}; {nearest(method[1], names)}"
             )
+        elif "@" in rest.partition("=")[0]:
+            raise RequestError(
+                f"expected a setting of one method, found {word!r}; pairs are for palimpsest run"
+            )
         elif not re.match(r"\+{0,2}(intervene|locate)\.", rest):
             raise RequestError(
                 f"expected a key of intervene or locate for one method, found {word!r}; all "

@@ -27,7 +27,7 @@ Completer = Callable[..., Iterable[str]]
 PATHS = ("dir", "path", "text")
 """The last part of keys whose values are files or directories."""
 
-CHOICE = re.compile(r"([\w/]+=[\w.-]+)(,[\w.,-]*)?")
+CHOICE = re.compile(r"([\w/]+(?:@[\w.]+)?=[\w.-]+)(,[\w.,-]*)?")
 """An option of a group, or several of a multirun: the first one tells which keys there are."""
 
 
@@ -119,8 +119,9 @@ def overrides(
 ) -> list[str]:
     """What a KEY=VALUE override that begins with `prefix` can be.
 
-    Before the first dot these are groups and keys, after it the dotted keys; after `=` a group's
-    options, or a key's value as composed, and files where the key takes one.
+    Before the first dot these are groups and keys, after it the dotted keys, after `@` groups whose
+    choice stands elsewhere, such as the parts of a pair; after `=` a group's options, or a key's
+    value as composed, and files where the key takes one.
 
     Args:
         prefix: the word so far; Hydra's `+`, `++` and `~` may stand before the key, and before
@@ -183,6 +184,8 @@ def _composed(words: Sequence[str], directory: str | None, command: str) -> Iter
 def _keys(composed: _Composed, word: str) -> list[str]:
     """Groups and keys, each with the sign that goes on from it."""
     tree: dict[str, Any] = OmegaConf.to_container(composed.config)  # type: ignore[assignment]
+    if "@" in word:
+        return [f"{key}=" for key in tree["hydra"]["runtime"]["choices"] if "@" in key]
     if "." in word:
         return [f"{key}=" for key in _leaves(tree, "")]
     parent, slash, _ = word.rpartition("/")
@@ -205,7 +208,8 @@ def _leaves(tree: Mapping[Any, Any], prefix: str) -> Iterator[str]:
 def _values(composed: _Composed, key: str, value: str) -> list[str]:
     """Overrides of a group or key; of a group's list, the last option is the open one."""
     before = value[: value.rfind(",") + 1]
-    options = [f"{key}={before}{option}" for option in composed.options(key)]
+    group = key.partition("@")[0]
+    options = [f"{key}={before}{option}" for option in composed.options(group)]
     if options:
         return options
     files = FilesCompleter()(value) if key.rpartition(".")[2] in PATHS else []

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -71,7 +71,12 @@ def _check_types(node: DictConfig, path: str) -> None:
     OmegaConf.set_readonly(schema, False)
     OmegaConf.set_struct(schema, False)
     kinds = get_type_hints(target)
-    known = {field.name for field in fields(target) if field.init}
+    known = {each.name for each in fields(target) if each.init}
+    for field in fields(target):
+        if field.init and _needed(field) and field.name not in node:
+            raise RequestError(
+                f"expected {path}.{field.name}, found none; leave it in the configuration"
+            )
     for key in node:
         name = str(key)
         if name == "_target_":
@@ -83,6 +88,10 @@ def _check_types(node: DictConfig, path: str) -> None:
             _check_types(value, f"{path}.{name}")
             continue
         _check_value(schema, name, value, f"{path}.{name}", kinds[name])
+
+
+def _needed(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
 
 
 def _target(node: DictConfig, path: str) -> type:
@@ -143,6 +152,11 @@ def _explained(error: Exception) -> str:
         valid = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
         return _unknown_choice(option[1], option[2], valid)
     key = re.search(r"Could not override '([^']+)'", text)
+    if key and key[1].startswith("intervene@"):
+        return (
+            "expected intervene@intervene.first or intervene@intervene.then, the parts of a pair "
+            f"(intervene=erase_then_edit or edit_then_erase), found {key[1]!r}; choose a pair too"
+        )
     if key:
         return _unknown(key[1], _valid_keys())
     if isinstance(error, OverrideParseException):

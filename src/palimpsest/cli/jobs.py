@@ -144,10 +144,18 @@ def _run(config: DictConfig, command: str) -> None:
 
 
 def _method(hydra: Any) -> str:
-    """The chosen method, with whatever was chosen for the parts of a pair."""
-    lead = "intervene@intervene."
-    parts = [word.removeprefix(lead) for word in hydra.overrides.task if word.startswith(lead)]
-    name = str(hydra.runtime.choices["intervene"])
+    """The chosen method, and of a pair the parts that are not those of its own configuration."""
+    from hydra import compose
+
+    name, lead = str(hydra.runtime.choices["intervene"]), "intervene@intervene."
+    if not any(word.lstrip("+").startswith(lead) for word in hydra.overrides.task):
+        return name
+    plain = compose("run", [f"intervene={name}"], return_hydra_config=True).hydra.runtime.choices
+    parts = [
+        f"{key.removeprefix(lead)}={choice}"
+        for key, choice in sorted(hydra.runtime.choices.items())
+        if key.startswith(lead) and plain.get(key) != choice
+    ]
     return f"{name}({', '.join(parts)})" if parts else name
 
 

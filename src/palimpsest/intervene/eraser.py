@@ -232,13 +232,14 @@ class Eraser(ABC):
                 f"{int((~finite).sum())} of {len(states)} facts with others; set "
                 "model.dtype=float32 or choose another layer"
             )
-        labels = self.shown(concept.labels)
-        if nothing_to_erase(states, labels) is None:
+        labels, dtype = self.shown(concept.labels), around.model.model.dtype
+        if nothing_to_erase(states, labels, dtype) is None:
             affine = self.map(states, labels, around)
         else:
             nothing = states.new_empty(states.shape[1], 0)
             affine = Affine(nothing, nothing.T, states.mean(0))
-        rows = list(self.rows(concept, around.site, states, affine, around.facts.test, held_out))
+        why = nothing_to_erase(states, concept.labels, dtype)
+        rows = list(self.rows(concept, around, states, affine, held_out, why))
         rows += self.beside(affine, around)
         return self.erasure(around.model, around.facts, around.site, affine, rows)
 
@@ -292,24 +293,25 @@ class Eraser(ABC):
     def rows(
         self,
         concept: Concept,
-        site: Site,
+        around: "Around",
         states: Tensor,
         affine: Affine,
-        fresh: Sequence[Fact],
         held_out: Tensor,
+        why: str | None,
     ) -> Iterator[Row]:
-        """What the fit reports of one site."""
+        """What the fit reports of one site; `why` there is nothing to erase there, if so."""
         n, width = states.shape
+        fresh = around.facts.test
         rank = torch.linalg.matrix_rank(affine.left @ affine.right)
         known = [n for n, fact in enumerate(fresh) if fact.true in concept.classes]
         residual, removed, leaked = None, None, None
-        note = nothing_to_erase(states, concept.labels)
-        if note is None:
-            erased = affine.of(states)
-            residual = relative_cross_covariance(states, erased, concept.labels)
+        note = why or "fewer than two held-out subjects with these objects"
+        erased = affine.of(states)
+        if why != SAME:
             scatter = (states - states.mean(0)).square().sum()
             removed = float((erased - states).square().sum() / scatter)
-            note = "fewer than two held-out subjects with these objects"
+        if why is None:
+            residual = relative_cross_covariance(states, erased, concept.labels)
         if residual is not None and len({fresh[n].true for n in known}) > 1:
             index = torch.tensor([concept.classes.index(fresh[n].true) for n in known])
             labels = torch.nn.functional.one_hot(index, len(concept.classes)).double()
@@ -326,7 +328,8 @@ class Eraser(ABC):
         ):
             yield Row(
                 axis="cost", scope="relation", relation=concept.facts[0].relation,
-                split="test" if protocol == "held_out" else "fit", layer=site.layer, metric=metric,
+                split="test" if protocol == "held_out" else "fit", layer=around.site.layer,
+                metric=metric,
                 protocol=protocol, value=value, n=count if value is not None else 0,
                 note=note if value is None else None,
             )  # fmt: skip
@@ -423,17 +426,28 @@ def concept(sample: Sequence[Fact], width: int, rare: str = "keep", least: int =
     )
 
 
-def nothing_to_erase(states: Tensor, labels: Tensor) -> str | None:
-    """Why states `[n, d]` have nothing to be erased of labels `[n, k]`; None if they have."""
-    least = _ROUNDING * states.norm()
-    if (states - states.mean(0)).norm() <= least:
+def nothing_to_erase(states: Tensor, labels: Tensor, dtype: torch.dtype) -> str | None:
+    """Why states have nothing to be erased; None if they have.
+
+    A cross-covariance counts as none where it is as small as what rounding leaves: independent
+    errors of half a unit in the last place, averaged over the sample, make one of about
+    ε ‖X‖ ‖Z‖ / n^1.5.
+
+    Args:
+        states: `[n, d]`.
+        labels: `[n, k]`.
+        dtype: the model's, which the states were rounded to.
+    """
+    n = len(states)
+    if (states - states.mean(0)).norm() <= _ROUNDING * states.norm():
         return SAME
-    spread = (labels - labels.mean(0)).norm() / len(states)
-    return GONE if cross_covariance(states, labels).norm() <= least * spread else None
+    error = max(_ROUNDING, 4 * torch.finfo(dtype).eps / n**0.5)
+    spread = states.norm() * (labels - labels.mean(0)).norm() / n
+    return GONE if cross_covariance(states, labels).norm() <= error * spread else None
 
 
 _ROUNDING = 1e-6
-"""Spread of states that is none, in multiples of their norm: about what float32 rounds."""
+"""Spread of states that is none, in multiples of their norm: about what float32 sums round."""
 
 
 def _check_something(parts: Sequence[Erasure]) -> None:

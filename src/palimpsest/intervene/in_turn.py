@@ -1,12 +1,14 @@
 """One method after another: erase, then write; or write, then erase."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from palimpsest.errors import RequestError
 from palimpsest.facts.splits import Splits
-from palimpsest.intervene.composition import Composition, joined
+from palimpsest.intervene.composition import Composition, Parts, joined
+from palimpsest.intervene.deltas import WeightDeltas
+from palimpsest.intervene.erasure import Erasure
 from palimpsest.intervene.intervention import Intervention, Method
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change, Site
@@ -68,11 +70,13 @@ class InTurn:
         """Fit the first, and the second on the changed model.
 
         Raises:
-            RequestError: either is refused, or the model has no such layer.
+            RequestError: either is refused, the model has no such layer, or both change one W_out
+                in a way that does not add up.
         """
         first = self._fitted(self.first, self.first_layer, "first", model, facts, site)
         with first.applied(model):
             then = self._fitted(self.then, self.then_layer, "then", model, facts, site)
+        check_apart(first, then)
         return Composition(
             change=together(first, then),
             model=model.fingerprint,
@@ -93,6 +97,47 @@ class InTurn:
             number = model.check_layer(layer, f"intervene.{name}_layer")
             site = Site(number, method.part)  # type: ignore[arg-type]
         return method.fit(model, facts, site)
+
+
+def check_apart(first: Intervention, then: Intervention) -> None:
+    """Refuse two changes of one W_out of which the second does not meet the first, or not pass it.
+
+    Raises:
+        RequestError: an eraser is folded into a W_out whose independent edits are in no weight; or
+            W_out is changed below an eraser of what it gives.
+    """
+    own = {each.layer for each in first.differences() if each.independent}
+    folded = {
+        each.change.layer
+        for each in leaves(then)
+        if isinstance(each, WeightDeltas) and each.change.scope == "relation"
+    }
+    for layer in own & folded:
+        raise RequestError(
+            "expected an eraser folded into another W_out than that of independent edits, found "
+            f"both at layer {layer}: no weight holds the edits; set protocol=batch or another "
+            "layer"
+        )
+    erased = {
+        each.change.layer
+        for each in leaves(first)
+        if isinstance(each, Erasure) and each.change.part == "mlp"
+    }
+    for layer in {each.layer for each in then.differences()} & erased:
+        raise RequestError(
+            "expected W_out to be changed at another layer than what it gives is erased at, found "
+            f"both at layer {layer}: what is written would pass the eraser; set another layer, "
+            "or erase at part=residual"
+        )
+
+
+def leaves(intervention: Intervention) -> Iterator[Intervention]:
+    """What an intervention is made of, itself if it has no parts."""
+    if not isinstance(intervention, Parts):
+        yield intervention
+        return
+    for part in intervention.parts:
+        yield from leaves(part)
 
 
 THEN = ", then"

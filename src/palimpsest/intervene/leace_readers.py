@@ -35,7 +35,8 @@ class LeaceReaders(FoldedLeace):
     def at(self, around: Around, concept: Concept, states: Tensor, held_out: Tensor) -> Erasure:
         """The erasure of one site, with what its weights, rounded as they are, leave readable."""
         erasure = super().at(around, concept, states, held_out)
-        left, why = None, nothing_to_erase(states, concept.labels)
+        left = None
+        why = nothing_to_erase(states, concept.labels, around.model.model.dtype)
         if why is None:
             [folded] = self.fold(around.model, erasure)
             left = read_through(around.model, folded, cross_covariance(states, concept.labels))

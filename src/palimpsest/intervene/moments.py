@@ -174,8 +174,8 @@ class Moments(RunningText):
             def make() -> dict[str, Tensor]:
                 if model.state != state:
                     raise RequestError(
-                        "expected second moments in the cache, found them gone since the run "
-                        "began; run it again, and clear the cache when nothing runs"
+                        "expected second moments in the cache, found them gone while they were "
+                        "in use; run it again, and clear the cache when nothing runs"
                     )
                 if layer not in computed:
                     computed.update(self._compute(model, missing or [layer]))

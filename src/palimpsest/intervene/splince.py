@@ -115,7 +115,7 @@ class Splince(Leace):
                 before, after = (
                     cross_covariance(x, each.labels) for x in (states, affine.of(states))
                 )
-                note = nothing_to_erase(states, each.labels)
+                note = nothing_to_erase(states, each.labels, around.model.model.dtype)
                 moved = float((after - before).norm() / before.norm()) if note is None else None
                 yield Row(
                     axis="cost", scope="relation", relation=each.facts[0].relation, split=split,

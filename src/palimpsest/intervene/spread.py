@@ -149,7 +149,7 @@ class Written(Editing):
                 )
                 rows += sink_rows(model, facts, layer, left.squeeze(group))
                 rows += convergence_rows(facts, layer, left, half, right)
-                carried.enter_context(part.changing(model))
+                carried.enter_context(part.applied(model))
                 parts.append(part)
         return Composition(
             change=joined(parts),
