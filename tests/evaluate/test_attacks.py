@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import log
+from math import exp, log
 
 import pytest
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from palimpsest.errors import RequestError
 from palimpsest.evaluate import attacks as module
-from palimpsest.evaluate.attacks import NO_THIRD, SAME_TOKEN, Attacks
+from palimpsest.evaluate.asking import Query
+from palimpsest.evaluate.attacks import NO_NAMES, NO_THIRD, SAME_TOKEN, Attacks
 from palimpsest.evaluate.downstream import Answers, ask_targets
 from palimpsest.evaluate.tuned_lens import Translator
 from palimpsest.facts.fact import Fact
@@ -268,7 +269,7 @@ def test_few_shots_are_dev_facts_before_the_prompt(
     )
     rows = of(measure(model, facts), "attack_success", "few_shot")
     assert all(row.value is not None for row in rows)
-    assert len(asked) == len(facts.target)
+    del asked[len(facts.target) :]  # those of the next attack
     for owner, (fact, query) in enumerate(zip(facts.target, asked, strict=True)):
         assert query.owner == owner
         *shots, last = query.prompt.text.split("\n")
@@ -277,6 +278,65 @@ def test_few_shots_are_dev_facts_before_the_prompt(
         shown = {f"{f.prompt.text} {f.true}." for f in facts.dev if f.true != fact.new}
         assert len(shots) == 3
         assert set(shots) <= shown
+
+
+def test_in_context_the_objects_are_named_before_the_prompt(
+    model: ModelHandle, facts: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the new one, in an order that tells nothing of the old one."""
+    asked, real, firsts = [], module.ask, set()
+    monkeypatch.setattr(
+        module, "ask", lambda m, queries: (asked.extend(queries), real(m, queries))[1]
+    )
+    rows = measure(model, facts)
+    for fact, query in zip(facts.target, asked[len(facts.target) :], strict=True):
+        named, last = query.prompt.text.split("\n")
+        assert last == fact.prompt.text
+        assert query.prompt.text[slice(*query.prompt.span)] == fact.subject
+        names = named.removesuffix(".").split(", ")
+        assert sorted(names) == sorted(set(CLASSES) - {fact.new})
+        firsts.add(names.index(fact.true))
+        assert set(query.completions) == set(CLASSES)
+        [row] = of(rows, "attack_success", "in_context", fact_id=fact.id, budget=1)
+        [answer] = real(model, [query])
+        assert row.value == pytest.approx(exp(answer[fact.true].logprob))
+    assert len(firsts) > 1
+
+
+@pytest.mark.parametrize(("kept", "other"), [(0.9, 0.01), (0.05, 0.05)])
+def test_an_object_that_its_name_brings_back_is_found_in_context_alone(
+    model: ModelHandle, facts: Splits, monkeypatch: pytest.MonkeyPatch, kept: float, other: float
+) -> None:
+    """Old objects are as likely as others, but where the objects' names stand before the prompt."""
+
+    def said(_: ModelHandle, queries: Sequence[Query]) -> list[dict[str, Score]]:
+        return [
+            {
+                name: Score(log(kept if recalled(query, name) else other), 1, False)
+                for name in query.completions
+            }
+            for query in queries
+        ]
+
+    def recalled(query: Query, name: str) -> bool:
+        return name == facts.target[query.owner].true and ", " in query.prompt.text.split("\n")[0]
+
+    given = answers(facts, dict.fromkeys(CLASSES, other))
+    monkeypatch.setattr(module, "ask", said)
+    rows = measure(model, facts, given)
+    for protocol in ("in_context", "few_shot", "rephrasing"):
+        hit = kept if protocol == "in_context" else other
+        found = of(rows, "attack_success", protocol, budget=1)
+        assert [row.value for row in found] == pytest.approx([hit] * len(facts.target))
+        chance = of(rows, "attack_baseline", protocol, budget=1)
+        assert [row.value for row in chance] == pytest.approx([other] * len(facts.target))
+
+
+def test_one_object_beside_the_new_one_is_no_context(model: ModelHandle) -> None:
+    pair = CLASSES[:2]
+    rows = measure(model, replace(make_splits(pair, dev=4), classes={RELATION: pair}))
+    found = of(rows, "attack_success", "in_context")
+    assert {(row.value, row.note) for row in found} == {(None, NO_NAMES)}
 
 
 def test_too_few_shots_are_told(model: ModelHandle, facts: Splits) -> None:

@@ -5,6 +5,7 @@ at most B candidates. Every attack is set beside the same attack on unrelated ob
 that a model says often is found by any attack.
 """
 
+import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,6 +29,7 @@ from palimpsest.model.tokens import Tokens
 from palimpsest.record.row import Row
 
 NO_THIRD = "the relation has no third object"
+NO_NAMES = "the relation has no object to name beside the old one"
 SAME_TOKEN = "old and new object share their first token"
 
 
@@ -92,6 +94,7 @@ class Attacks:
             said = [answers[owner][prompt.id] for prompt in fact.paraphrases]
             yield from self._asked(partial(_of(row, fact), protocol="rephrasing"), fact, said)
         yield from self._few_shot(row, model, facts)
+        yield from self._in_context(row, model, facts)
 
     # -- states -----------------------------------------------------------------------------------
 
@@ -153,21 +156,51 @@ class Attacks:
 
     def _few_shot(self, row: partial[Row], model: ModelHandle, facts: Splits) -> Iterator[Row]:
         """The fit prompt after known facts of the relation, which are in no other split."""
-        queries: dict[int, Query] = {}
+        leads: dict[int, str] = {}
         for owner, fact in enumerate(facts.target):
             shown = [f for f in facts.dev if f.relation == fact.relation and f.true != fact.new]
             if len(shown) >= self.shots:
-                lead = "".join(f"{f.prompt.text} {f.true}.\n" for f in shown[: self.shots])
-                prompt = _after(lead, fact.prompt)
-                objects = candidates(fact, facts.classes[fact.relation])
-                queries[owner] = Query(prompt, objects, owner)
-        replies = dict(zip(queries, ask(model, list(queries.values())), strict=True))
+                leads[owner] = "".join(f"{f.prompt.text} {f.true}.\n" for f in shown[: self.shots])
+        cause = f"fewer than {self.shots} dev facts of the relation"
+        yield from self._behind(partial(row, protocol="few_shot"), model, facts, leads, cause)
+
+    def _in_context(self, row: partial[Row], model: ModelHandle, facts: Splits) -> Iterator[Row]:
+        """The fit prompt after the relation's objects but the new one, in a hashed order."""
+        leads: dict[int, str] = {}
         for owner, fact in enumerate(facts.target):
-            place = partial(_of(row, fact), protocol="few_shot")
+            named = [name for name in _objects(fact, facts) if name != fact.new]
+            if len(named) > 1:
+                leads[owner] = f"{', '.join(sorted(named, key=partial(_shuffled, fact)))}.\n"
+        yield from self._behind(partial(row, protocol="in_context"), model, facts, leads, NO_NAMES)
+
+    def _behind(
+        self,
+        row: partial[Row],
+        model: ModelHandle,
+        facts: Splits,
+        leads: Mapping[int, str],
+        cause: str,
+    ) -> Iterator[Row]:
+        """What is drawn after the fit prompt with a text before it; null where there is no text.
+
+        Args:
+            row: of everything but the fact, budget and value.
+            model: as it stands.
+            facts: whose targets are asked about.
+            leads: the texts by owner.
+            cause: why a fact has none.
+        """
+        queries = [
+            Query(_after(lead, fact.prompt), _objects(fact, facts), owner)
+            for owner, lead in leads.items()
+            for fact in [facts.target[owner]]
+        ]
+        replies = dict(zip(leads, ask(model, queries), strict=True))
+        for owner, fact in enumerate(facts.target):
+            place = _of(row, fact)
             if owner in replies:
                 yield from self._asked(place, fact, [replies[owner]])
             else:
-                cause = f"fewer than {self.shots} dev facts of the relation"
                 for budget in self.budgets:
                     yield from _pair(place, budget, 0.0, [], cause)
 
@@ -229,8 +262,17 @@ def _drawn(said: Sequence[Answer], name: str, budget: int) -> float:
     return 1 - missed
 
 
+def _objects(fact: Fact, facts: Splits) -> list[str]:
+    return candidates(fact, facts.classes[fact.relation])
+
+
+def _shuffled(fact: Fact, name: str) -> bytes:
+    """What an object's place in a fact's list goes by."""
+    return hashlib.sha256(f"{fact.subject}/{fact.relation}/{name}".encode()).digest()
+
+
 def _after(lead: str, prompt: Prompt) -> Prompt:
     """The prompt with a text before it."""
     span = prompt.span
     moved = None if span is None else (span[0] + len(lead), span[1] + len(lead))
-    return Prompt("few_shot", lead + prompt.text, moved)
+    return Prompt("behind", lead + prompt.text, moved)
