@@ -79,7 +79,7 @@ def test_only_facts_with_both_values_count(tmp_path: Path) -> None:
     other = {"f00": 0.0, "f01": 1.0, "f02": 0.0}
     found = contrast(PARAPHRASE, *pair(tmp_path, said(one), said(other)))
     assert (found.value, found.n) == (0.5, 2)
-    assert found.note == "2 facts with a value on one side only are left out"
+    assert found.note == "facts with a value on one side only are left out: 2"
     nothing = contrast(PARAPHRASE, *pair(tmp_path / "none", said(one), said({"f02": 0.0})))
     assert (nothing.value, nothing.note) == (None, "no fact has a value on both sides")
     missing = contrast(PARAPHRASE, *pair(tmp_path / "null", said(one), said({"f02": None})))
@@ -155,7 +155,7 @@ def test_a_failed_fact_is_left_out_of_the_index_on_both_sides(tmp_path: Path) ->
     other = run_of(tmp_path / "b", attack("few_shot", rest, 0.0))
     found = recoverable_beyond(one, other)
     assert (found.value, found.n) == (0.0, 23)
-    assert found.note == "1 facts with a value on one side only are left out"
+    assert found.note == "facts with a value on one side only are left out: 1"
 
 
 def test_an_index_of_other_facts_is_not_compared(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def recoverable_beyond(run: Run, other: Run) -> Estimate:
 
 def left_out(facts: int) -> str | None:
     """What to say of facts that cannot be compared; None if there are none."""
-    return f"{facts} facts with a value on one side only are left out" if facts else None
+    return f"facts with a value on one side only are left out: {facts}" if facts else None
 
 
 def _beyond(first: "Best", second: "Best") -> Estimate:

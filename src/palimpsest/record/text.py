@@ -5,6 +5,9 @@ from typing import Literal
 from palimpsest.record.columns import Column, Direction
 from palimpsest.record.intervals import Estimate
 
+Style = Literal["share", "number", "rank"]
+"""How a column's numbers are set: two decimals, three digits, or whole."""
+
 DASH = "\N{EN DASH}"
 """Stands for a missing value."""
 
@@ -14,31 +17,33 @@ MINUS = "\N{MINUS SIGN}"
 _ARROWS = {"up": "↑", "down": "↓"}
 
 
-def value_text(estimate: Estimate, style: Literal["share", "number", "rank"]) -> str:
+def value_text(estimate: Estimate, style: Style) -> str:
     """The value as the table shows it; a dash if it is missing."""
     return DASH if estimate.value is None else _number(estimate.value, style)
 
 
-def interval_text(estimate: Estimate, style: Literal["share", "number", "rank"]) -> str:
+def interval_text(estimate: Estimate, style: Style) -> str:
     """The 95% interval as low, dash, high; empty if there is none."""
-    if estimate.low is None or estimate.high is None:
-        return ""
-    return f"{_number(estimate.low, style)}{DASH}{_number(estimate.high, style)}"
+    return DASH.join(_number(end, style) for end in _ends(estimate))
 
 
-def difference_text(estimate: Estimate, style: Literal["share", "number", "rank"]) -> str:
+def difference_text(estimate: Estimate, style: Style) -> str:
     """A difference with its sign; a dash if it is missing."""
     return DASH if estimate.value is None else _signed(estimate.value, style)
 
 
-def difference_interval(estimate: Estimate, style: Literal["share", "number", "rank"]) -> str:
+def difference_interval(estimate: Estimate, style: Style) -> str:
     """A difference's 95% interval: low, `to`, high; empty if there is none."""
-    if estimate.low is None or estimate.high is None:
-        return ""
-    return f"{_signed(estimate.low, style)} to {_signed(estimate.high, style)}"
+    return " to ".join(_signed(end, style) for end in _ends(estimate))
 
 
-def _signed(value: float, style: Literal["share", "number", "rank"]) -> str:
+def _ends(estimate: Estimate) -> tuple[float, ...]:
+    """Both ends of the interval; none if there is none."""
+    low, high = estimate.low, estimate.high
+    return () if low is None or high is None else (low, high)
+
+
+def _signed(value: float, style: Style) -> str:
     text = _number(abs(value), style)
     zero = not any(digit in text for digit in "123456789")
     return text if zero else f"{'+' if value > 0 else MINUS}{text}"
@@ -71,7 +76,7 @@ def decimals(value: float | None) -> str:
     return DASH if value is None else f"{value:z.3f}"
 
 
-def _number(value: float, style: Literal["share", "number", "rank"]) -> str:
+def _number(value: float, style: Style) -> str:
     if style == "share":
         return f"{value:.2f}"
     if style == "number" and value >= 1e6:
