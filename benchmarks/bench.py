@@ -25,18 +25,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from palimpsest.evaluate.probes import Probe, Reduced, fit
+from palimpsest.evaluate.probing.probes import Probe, Reduced, fit
 from palimpsest.evaluate.recoverability import POSITIONS
 from palimpsest.facts.counterfact import CounterFact
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.facts.splits import split
 from palimpsest.facts.world import World
-from palimpsest.intervene.deltas import WeightDeltas
-from palimpsest.intervene.leace import Leace
+from palimpsest.intervene.changes.deltas import WeightDeltas
+from palimpsest.intervene.editors.prefixes import GivenPrefixes, in_contexts
+from palimpsest.intervene.editors.rome import Rome
+from palimpsest.intervene.editors.values import ValueSearch
+from palimpsest.intervene.erasers.leace import Leace
 from palimpsest.intervene.moments import Second, second_moments
-from palimpsest.intervene.prefixes import GivenPrefixes, in_contexts
-from palimpsest.intervene.rome import Rome
-from palimpsest.intervene.values import ValueSearch
 from palimpsest.locate.corruption import noise
 from palimpsest.locate.tracing import Tracing
 from palimpsest.model.forward import features, keys, score

@@ -14,9 +14,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalL
 
 from benchmarks.bench import fresh_cache, some_fact, text, tokenizer
 from palimpsest.facts.fact import Prompt
-from palimpsest.intervene.prefixes import GivenPrefixes
-from palimpsest.intervene.rome import Rome
-from palimpsest.intervene.values import ValueSearch
+from palimpsest.intervene.editors.prefixes import GivenPrefixes
+from palimpsest.intervene.editors.rome import Rome
+from palimpsest.intervene.editors.values import ValueSearch
 from palimpsest.locate.corruption import noise
 from palimpsest.locate.tracing import Tracing
 from palimpsest.model.handle import ModelHandle

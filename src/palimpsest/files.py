@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and a cache keyed by everything that matters."""
+"""Files that are written whole or not at all."""
 
 import errno
 import hashlib
@@ -6,15 +6,12 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import platformdirs
-import safetensors
-import safetensors.torch
-from torch import Tensor
 
 from palimpsest.errors import RequestError, WriteError
 
@@ -129,7 +126,7 @@ def atomic(path: Path) -> Iterator[Path]:
         WriteError: there is no room.
     """
     with writing(path):
-        temporary = _temporary(path)
+        temporary = temporary_beside(path)
         try:
             yield temporary
             temporary.chmod(0o644)
@@ -138,7 +135,7 @@ def atomic(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def _temporary(path: Path) -> Path:
+def temporary_beside(path: Path) -> Path:
     """A new empty file beside `path`, in a directory that is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -171,40 +168,3 @@ def reading(path: Path) -> Iterator[None]:
             f"expected UTF-8 text in {path}, found {error.reason} at byte {error.start}; "
             "convert the file"
         ) from error
-
-
-def is_cached(kind: str, key: Mapping[str, Any]) -> bool:
-    """Whether `cached_tensors` has a file for a key."""
-    return _cached(kind, key).exists()
-
-
-def _cached(kind: str, key: Mapping[str, Any]) -> Path:
-    return cache_dir() / kind / f"{fingerprint(dict(key))[:32]}.safetensors"
-
-
-def cached_tensors(
-    kind: str, key: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """Tensors computed once per `key` and kept as safetensors in the user's cache.
-
-    The file's name is the fingerprint of the whole key, so that two requests share a file only if
-    everything that determines the result is equal.
-
-    Args:
-        kind: folder inside the cache, e.g. `"moments"`.
-        key: JSON-able description of everything that the result depends on.
-        make: computes the tensors when the cache has none and can be written.
-
-    Raises:
-        RequestError: the cache has none and cannot be written.
-        WriteError: there is no room.
-    """
-    path = _cached(kind, key)
-    with suppress(OSError, safetensors.SafetensorError):  # not there, or damaged: made anew
-        return safetensors.torch.load_file(path)
-    with writing(path):
-        _temporary(path).unlink()  # told before the work is done
-    tensors = {name: tensor.contiguous() for name, tensor in make().items()}
-    with atomic(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary)
-    return tensors

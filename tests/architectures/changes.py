@@ -2,8 +2,8 @@
 
 import torch
 
-from palimpsest.intervene.deltas import ReaderDeltas, WeightDeltas
-from palimpsest.intervene.erasure import Erasure
+from palimpsest.intervene.changes.deltas import ReaderDeltas, WeightDeltas
+from palimpsest.intervene.changes.erasure import Erasure
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change, Part, Policy, Site
 from tests.architectures.tiny import WIDTH

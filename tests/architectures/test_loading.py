@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from palimpsest.errors import RequestError
-from palimpsest.intervene.deltas import BiasShift
+from palimpsest.intervene.changes.deltas import BiasShift
 from palimpsest.intervene.intervention import Intervention
 from palimpsest.model.forward import forward, logits
 from palimpsest.model.handle import ModelHandle

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from palimpsest.apply import ORIGINAL, RECORD
 from palimpsest.cli import main
-from palimpsest.intervene.applying import ORIGINAL, RECORD
 from palimpsest.record.store import Run, load_runs
 from tests.cli.test_errors import check_one_line, listed
 

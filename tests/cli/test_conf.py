@@ -188,7 +188,7 @@ def test_one_s_own_names_are_among_the_nearest(call, own):
     ("content", "message"),
     [
         (
-            "_target_: palimpsest.intervene.rome.Roem\n",
+            "_target_: palimpsest.intervene.editors.rome.Roem\n",
             r"error: expected intervene\._target_ to name a class, found 'palimpsest\.interv",
         ),
         ("steps: 3\n", r"error: expected intervene\._target_ to name a class, found None"),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from palimpsest.intervene.editor import NOT_FINITE
+from palimpsest.intervene.editors.editor import NOT_FINITE
 from palimpsest.record.store import load_runs
 from tests.intervene.test_divergence import make_diverge
 

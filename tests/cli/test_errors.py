@@ -174,7 +174,7 @@ def test_configuration(case, call, few, tmp_path):
 def test_a_key_that_the_class_takes_may_be_added(call, few, tmp_path):
     place = tmp_path / "conf" / "intervene" / "bare.yaml"
     place.parent.mkdir(parents=True)
-    place.write_text("_target_: palimpsest.intervene.leace.Leace\n")
+    place.write_text("_target_: palimpsest.intervene.erasers.leace.Leace\n")
     chosen = ["--config-dir", "conf", *few, "intervene=bare"]
     outcome = call("run", *chosen, "+intervene.svd_tol=1e-5", "--cfg", "job")
     assert (outcome.code, outcome.err) == (0, "")

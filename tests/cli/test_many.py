@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from palimpsest.evaluate.recoverability import Recoverability
-from palimpsest.intervene.leace import Leace
-from palimpsest.intervene.values import ValueSearch
+from palimpsest.intervene.editors.values import ValueSearch
+from palimpsest.intervene.erasers.leace import Leace
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.load import Pretrained
 from palimpsest.record.store import load_runs, load_unfinished
@@ -89,7 +89,7 @@ def test_a_bug_is_told_with_its_traceback(call, few, tmp_path, monkeypatch):
 
 
 def test_a_bug_outside_a_run_is_told_with_its_traceback(call, done, monkeypatch):
-    monkeypatch.setattr("palimpsest.record.report.write_report", raising(RuntimeError("boom")))
+    monkeypatch.setattr("palimpsest.report.page.write_report", raising(RuntimeError("boom")))
     outcome = call("report", done["none"].path)
     assert outcome.code == 1
     assert outcome.err.endswith("RuntimeError: boom\n")

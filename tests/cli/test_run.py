@@ -11,8 +11,8 @@ from statistics import fmean
 import duckdb
 import pytest
 
-from palimpsest.intervene.deltas import WeightDeltas
-from palimpsest.intervene.erasure import Erasure
+from palimpsest.intervene.changes.deltas import WeightDeltas
+from palimpsest.intervene.changes.erasure import Erasure
 from palimpsest.intervene.intervention import Unchanged, load
 from palimpsest.record.store import COLUMNS, KEY, load_runs
 

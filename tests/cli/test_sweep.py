@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from palimpsest.cli.configuration import resource
 from palimpsest.cli.sweeps import sweep_overrides
-from palimpsest.intervene.leace import Leace
+from palimpsest.intervene.erasers.leace import Leace
 from palimpsest.record.store import load_runs
 
 SWEEPS = sorted(resource("sweeps").glob("*.yaml"))

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from palimpsest.intervene.leace import Leace
+from palimpsest.intervene.erasers.leace import Leace
 from palimpsest.record.store import load_runs
 
 OFFLINE = ("record=wandb", "record.tracker.mode=offline", "record.sweep=night")

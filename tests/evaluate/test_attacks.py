@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from palimpsest.errors import RequestError
-from palimpsest.evaluate import attacks as module
 from palimpsest.evaluate.asking import Query
-from palimpsest.evaluate.attacks import NO_NAMES, NO_THIRD, SAME_TOKEN, Attacks
+from palimpsest.evaluate.attacks import candidates as module
+from palimpsest.evaluate.attacks.candidates import NO_NAMES, NO_THIRD, SAME_TOKEN, Attacks
 from palimpsest.evaluate.downstream import Answers, ask_targets
 from palimpsest.evaluate.tuned_lens import Translator
 from palimpsest.facts.fact import Fact
@@ -299,7 +299,7 @@ def test_in_context_the_objects_are_named_before_the_prompt(
         assert set(query.completions) == set(CLASSES)
         [row] = of(rows, "attack_success", "in_context", fact_id=fact.id, budget=1)
         [answer] = real(model, [query])
-        assert row.value == pytest.approx(exp(answer[fact.true].logprob))
+        assert row.value == pytest.approx(exp(answer[fact.true].logprob), rel=1e-4)
     assert len(firsts) > 1
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from palimpsest.errors import RequestError
-from palimpsest.evaluate import compression as module
-from palimpsest.evaluate.compression import Compression, compressed, pruned, quantized
+from palimpsest.evaluate.attacks import compression as module
+from palimpsest.evaluate.attacks.compression import Compression, compressed, pruned, quantized
+from palimpsest.evaluate.attacks.returning import INDEPENDENT
 from palimpsest.evaluate.downstream import ask_targets
-from palimpsest.evaluate.returning import INDEPENDENT
 from palimpsest.facts.splits import Splits
 from palimpsest.model.borrowing import borrowed
 from palimpsest.model.difference import Difference

@@ -13,9 +13,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from palimpsest.evaluate.information import blocks, online_code, pointwise
-from palimpsest.evaluate.mlp import train_mlps
-from palimpsest.evaluate.probes import Reduced, fit, train_all
+from palimpsest.evaluate.probing.information import blocks, online_code, pointwise
+from palimpsest.evaluate.probing.mlp import train_mlps
+from palimpsest.evaluate.probing.probes import Reduced, fit, train_all
 from tests.evaluate.test_probes import sample
 
 SEEDS = 60

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from palimpsest.errors import RequestError
-from palimpsest.evaluate import inversion as module
-from palimpsest.evaluate.attacks import SAME_TOKEN
-from palimpsest.evaluate.inversion import ALL_WRITTEN, NO_WEIGHT, Inversion
+from palimpsest.evaluate.attacks import inversion as module
+from palimpsest.evaluate.attacks.candidates import SAME_TOKEN
+from palimpsest.evaluate.attacks.inversion import ALL_WRITTEN, NO_WEIGHT, Inversion
 from palimpsest.facts.fact import Fact
 from palimpsest.facts.splits import Splits
 from palimpsest.model.difference import Difference, merged

@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from palimpsest.evaluate import mlp as module
-from palimpsest.evaluate.mlp import train_mlps
-from palimpsest.evaluate.probes import Probe, Reduced, train_all
-from palimpsest.intervene.leace import fit_leace
+from palimpsest.evaluate.probing import mlp as module
+from palimpsest.evaluate.probing.mlp import train_mlps
+from palimpsest.evaluate.probing.probes import Probe, Reduced, train_all
+from palimpsest.intervene.erasers.leace import fit_leace
 from tests.evaluate.test_probes import sample
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from palimpsest.evaluate.downstream import Downstream
-from palimpsest.evaluate.probes import train_all
+from palimpsest.evaluate.probing.probes import train_all
 from palimpsest.evaluate.ruler import Ruler, portraits
 from palimpsest.facts.splits import Splits
 from palimpsest.model.handle import ModelHandle

@@ -11,7 +11,7 @@ from torch import Tensor
 from palimpsest.errors import RequestError
 from palimpsest.evaluate import recoverability as module
 from palimpsest.evaluate.asking import rotation
-from palimpsest.evaluate.probes import train_all
+from palimpsest.evaluate.probing.probes import train_all
 from palimpsest.evaluate.recoverability import (
     POSITIONS,
     Recoverability,

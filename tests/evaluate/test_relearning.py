@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from palimpsest.errors import RequestError
-from palimpsest.evaluate import relearning as module
 from palimpsest.evaluate.asking import NOT_FINITE
+from palimpsest.evaluate.attacks import relearning as module
+from palimpsest.evaluate.attacks.relearning import NO_LESSONS, Relearning
+from palimpsest.evaluate.attacks.returning import INDEPENDENT
 from palimpsest.evaluate.downstream import ask_targets
-from palimpsest.evaluate.relearning import NO_LESSONS, Relearning
-from palimpsest.evaluate.returning import INDEPENDENT
 from palimpsest.facts.splits import Splits
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change

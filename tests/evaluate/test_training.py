@@ -4,8 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from palimpsest.evaluate.probes import train_all
-from palimpsest.evaluate.training import Kit, Reader, Recipe, Where, control, shuffled, train_kit
+from palimpsest.evaluate.probing.probes import train_all
+from palimpsest.evaluate.probing.training import (
+    Kit,
+    Reader,
+    Recipe,
+    Where,
+    control,
+    shuffled,
+    train_kit,
+)
 from tests.evaluate.test_probes import sample
 from tests.evaluate.toy import make_fact
 

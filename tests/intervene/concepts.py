@@ -7,8 +7,8 @@ from torch import Tensor
 
 from palimpsest.facts.fact import Fact
 from palimpsest.facts.splits import Splits
-from palimpsest.intervene.eraser import concept, cross_covariance, states_of
-from palimpsest.intervene.erasure import Erasure
+from palimpsest.intervene.changes.erasure import Erasure
+from palimpsest.intervene.erasers.eraser import concept, cross_covariance, states_of
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site
 from tests.intervene.conftest import fact, splits

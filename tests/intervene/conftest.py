@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.facts.splits import Splits
+from palimpsest.intervene.editors.prefixes import GivenPrefixes
 from palimpsest.intervene.intervention import Intervention
 from palimpsest.intervene.moments import GivenMoments
-from palimpsest.intervene.prefixes import GivenPrefixes
 from palimpsest.model.handle import ModelHandle
 from tests.model.tiny import KINDS, make_model, trained
 

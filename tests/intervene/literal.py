@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from palimpsest.facts.fact import Fact
-from palimpsest.intervene.finetune import FineTune
-from palimpsest.intervene.values import ValueSearch
+from palimpsest.intervene.editors.finetune import FineTune
+from palimpsest.intervene.editors.values import ValueSearch
 from palimpsest.model.corruption import draw
 from palimpsest.model.handle import ModelHandle
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.facts.fact import Fact
-from palimpsest.intervene.finetune import FineTune
+from palimpsest.intervene.editors.finetune import FineTune
 from palimpsest.model.handle import ModelHandle
 from tests.intervene import literal
 

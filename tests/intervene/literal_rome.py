@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.facts.fact import Fact
-from palimpsest.intervene.values import ValueSearch
+from palimpsest.intervene.editors.values import ValueSearch
 from palimpsest.model.handle import ModelHandle
 from tests.intervene import literal
 

@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from palimpsest.facts.fact import Fact
-from palimpsest.intervene.composition import Composition, History
+from palimpsest.intervene.changes.composition import Composition, History
+from palimpsest.intervene.editors.prefixes import GivenPrefixes
+from palimpsest.intervene.editors.spread import Spread
+from palimpsest.intervene.editors.values import ValueSearch
 from palimpsest.intervene.intervention import Intervention
 from palimpsest.intervene.moments import GivenMoments
-from palimpsest.intervene.prefixes import GivenPrefixes
-from palimpsest.intervene.spread import Spread
-from palimpsest.intervene.values import ValueSearch
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site
 from tests.intervene import literal_memit

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.errors import RequestError
-from palimpsest.intervene.alphaedit import AlphaEdit
+from palimpsest.intervene.editors.alphaedit import AlphaEdit
 from palimpsest.model.handle import ModelHandle
 from tests.intervene import literal_memit
 from tests.intervene.conftest import CONTEXTS, copy_of, relative

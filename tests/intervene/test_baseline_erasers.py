@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from palimpsest.errors import RequestError
-from palimpsest.intervene.eraser import relative_cross_covariance
-from palimpsest.intervene.inlp import Inlp
-from palimpsest.intervene.leace import Leace
-from palimpsest.intervene.orth import MeanProjection
-from palimpsest.intervene.random_subspace import RandomSubspace
+from palimpsest.intervene.erasers.eraser import relative_cross_covariance
+from palimpsest.intervene.erasers.inlp import Inlp
+from palimpsest.intervene.erasers.leace import Leace
+from palimpsest.intervene.erasers.orth import MeanProjection
+from palimpsest.intervene.erasers.random_subspace import RandomSubspace
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site
 from tests.intervene.concepts import LABELS, SAMPLE, assert_erased, majority, readable, states

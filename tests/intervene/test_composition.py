@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from palimpsest.errors import RequestError
-from palimpsest.intervene.composition import Composition, History
-from palimpsest.intervene.deltas import WeightDeltas
-from palimpsest.intervene.dense import DenseDeltas
+from palimpsest.intervene.changes.composition import Composition, History
+from palimpsest.intervene.changes.deltas import WeightDeltas
+from palimpsest.intervene.changes.dense import DenseDeltas
+from palimpsest.intervene.editors.values import ValueSearch
 from palimpsest.intervene.intervention import Intervention, load
-from palimpsest.intervene.values import ValueSearch
 from palimpsest.model.forward import next_token_logprobs
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change, Site

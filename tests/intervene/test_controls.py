@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from palimpsest.intervene.changes.deltas import WeightDeltas
 from palimpsest.intervene.controls import NoChange, RandomDelta
-from palimpsest.intervene.deltas import WeightDeltas
-from palimpsest.intervene.prefixes import GivenPrefixes
-from palimpsest.intervene.rome import Rome
-from palimpsest.intervene.values import ValueSearch
+from palimpsest.intervene.editors.prefixes import GivenPrefixes
+from palimpsest.intervene.editors.rome import Rome
+from palimpsest.intervene.editors.values import ValueSearch
 from palimpsest.model.forward import next_token_logprobs
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site

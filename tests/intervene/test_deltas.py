@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from palimpsest.facts.fact import Prompt
-from palimpsest.intervene.deltas import WeightDeltas
-from palimpsest.intervene.prefixes import GivenPrefixes
-from palimpsest.intervene.rome import Rome
-from palimpsest.intervene.values import ValueSearch
+from palimpsest.intervene.changes.deltas import WeightDeltas
+from palimpsest.intervene.editors.prefixes import GivenPrefixes
+from palimpsest.intervene.editors.rome import Rome
+from palimpsest.intervene.editors.values import ValueSearch
 from palimpsest.model.forward import forward, next_token_logprobs, score
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change, Site

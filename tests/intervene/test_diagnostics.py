@@ -7,17 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from palimpsest.intervene.alphaedit import AlphaEdit
-from palimpsest.intervene.composition import Composition
-from palimpsest.intervene.editor import ValueEditor
-from palimpsest.intervene.emmet import Emmet
+from palimpsest.intervene.changes.composition import Composition
+from palimpsest.intervene.editors.alphaedit import AlphaEdit
+from palimpsest.intervene.editors.editor import ValueEditor
+from palimpsest.intervene.editors.emmet import Emmet
+from palimpsest.intervene.editors.memit import Memit
+from palimpsest.intervene.editors.prefixes import GivenPrefixes
+from palimpsest.intervene.editors.r_rome import RRome
+from palimpsest.intervene.editors.rome import Rome
+from palimpsest.intervene.editors.values import ValueSearch
 from palimpsest.intervene.intervention import Intervention
-from palimpsest.intervene.memit import Memit
 from palimpsest.intervene.moments import GivenMoments, Moments, Second
-from palimpsest.intervene.prefixes import GivenPrefixes
-from palimpsest.intervene.r_rome import RRome
-from palimpsest.intervene.rome import Rome
-from palimpsest.intervene.values import ValueSearch
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site
 from palimpsest.record.row import Row

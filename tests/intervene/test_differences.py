@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from palimpsest.intervene.composition import Composition, History
-from palimpsest.intervene.deltas import BiasShift, OutDeltas, WeightDeltas
-from palimpsest.intervene.dense import DenseDeltas
-from palimpsest.intervene.erasure import Erasure
+from palimpsest.intervene.changes.composition import Composition, History
+from palimpsest.intervene.changes.deltas import BiasShift, OutDeltas, WeightDeltas
+from palimpsest.intervene.changes.dense import DenseDeltas
+from palimpsest.intervene.changes.erasure import Erasure
 from palimpsest.intervene.intervention import Intervention, Unchanged
 from palimpsest.model.difference import merged
 from palimpsest.model.handle import ModelHandle

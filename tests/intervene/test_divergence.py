@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from palimpsest.facts.fact import Fact
-from palimpsest.intervene.composition import Composition, History
-from palimpsest.intervene.deltas import WeightDeltas
-from palimpsest.intervene.dense import DenseDeltas
-from palimpsest.intervene.editor import NOT_FINITE
-from palimpsest.intervene.finetune import Completions
+from palimpsest.intervene.changes.composition import Composition, History
+from palimpsest.intervene.changes.deltas import WeightDeltas
+from palimpsest.intervene.changes.dense import DenseDeltas
+from palimpsest.intervene.editors.editor import NOT_FINITE
+from palimpsest.intervene.editors.finetune import Completions
+from palimpsest.intervene.editors.objectives import Aim
+from palimpsest.intervene.editors.values import ValueSearch
 from palimpsest.intervene.intervention import Intervention
 from palimpsest.intervene.moments import GivenMoments
-from palimpsest.intervene.objectives import Aim
-from palimpsest.intervene.values import ValueSearch
 from palimpsest.model.handle import ModelHandle
 from tests.intervene.conftest import TARGETS, relative
 from tests.intervene.test_sequential import METHODS, SITE, THREE, fit

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from palimpsest.intervene.emmet import Emmet
+from palimpsest.intervene.editors.emmet import Emmet
 from palimpsest.model.handle import ModelHandle
 from tests.intervene import literal, literal_memit
 from tests.intervene.conftest import CONTEXTS, TARGETS, relative

@@ -8,18 +8,24 @@ import torch
 
 from palimpsest.errors import RequestError
 from palimpsest.facts.fact import Fact, Prompt
-from palimpsest.intervene.composition import Composition
-from palimpsest.intervene.eraser import REST, SAME, Eraser, concept, relative_cross_covariance
-from palimpsest.intervene.inlp import Inlp
+from palimpsest.intervene.changes.composition import Composition
+from palimpsest.intervene.changes.kinds import KINDS
+from palimpsest.intervene.erasers.eraser import (
+    REST,
+    SAME,
+    Eraser,
+    concept,
+    relative_cross_covariance,
+)
+from palimpsest.intervene.erasers.inlp import Inlp
+from palimpsest.intervene.erasers.leace import Leace
+from palimpsest.intervene.erasers.leace_background import LeaceBackground
+from palimpsest.intervene.erasers.leace_readers import LeaceReaders
+from palimpsest.intervene.erasers.orth import MeanProjection
+from palimpsest.intervene.erasers.random_subspace import RandomSubspace
+from palimpsest.intervene.erasers.scrub import Scrub
 from palimpsest.intervene.intervention import load
-from palimpsest.intervene.kinds import KINDS
-from palimpsest.intervene.leace import Leace
-from palimpsest.intervene.leace_background import LeaceBackground
-from palimpsest.intervene.leace_readers import LeaceReaders
 from palimpsest.intervene.moments import RunningText
-from palimpsest.intervene.orth import MeanProjection
-from palimpsest.intervene.random_subspace import RandomSubspace
-from palimpsest.intervene.scrub import Scrub
 from palimpsest.model import forward as module
 from palimpsest.model.forward import capturing, forward
 from palimpsest.model.handle import ModelHandle

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.facts.fact import Prompt
-from palimpsest.intervene.erasure import Erasure
+from palimpsest.intervene.changes.erasure import Erasure
 from palimpsest.model.forward import capturing, forward, greedy
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.sample import sample, start_ids

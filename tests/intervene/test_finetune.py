@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from palimpsest.errors import RequestError
-from palimpsest.intervene.dense import DenseDeltas
-from palimpsest.intervene.finetune import FineTune
+from palimpsest.intervene.changes.dense import DenseDeltas
+from palimpsest.intervene.editors.finetune import FineTune
 from palimpsest.model.forward import next_token_logprobs
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site

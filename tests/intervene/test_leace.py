@@ -16,10 +16,10 @@ from torch import Tensor
 from palimpsest.errors import RequestError
 from palimpsest.facts.fact import Fact
 from palimpsest.facts.splits import Splits
-from palimpsest.intervene import leace
-from palimpsest.intervene.eraser import concept, relative_cross_covariance
-from palimpsest.intervene.erasure import Erasure
-from palimpsest.intervene.leace import Leace, fit_leace
+from palimpsest.intervene.changes.erasure import Erasure
+from palimpsest.intervene.erasers import leace
+from palimpsest.intervene.erasers.eraser import concept, relative_cross_covariance
+from palimpsest.intervene.erasers.leace import Leace, fit_leace
 from palimpsest.model.forward import forward
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site

@@ -5,8 +5,12 @@ import torch
 from torch import Tensor
 
 from palimpsest.errors import RequestError
-from palimpsest.intervene.eraser import cross_covariance
-from palimpsest.intervene.leace_background import LeaceBackground, least_change, text_moments
+from palimpsest.intervene.erasers.eraser import cross_covariance
+from palimpsest.intervene.erasers.leace_background import (
+    LeaceBackground,
+    least_change,
+    text_moments,
+)
 from palimpsest.intervene.moments import RunningText
 from palimpsest.model.forward import capturing, forward
 from palimpsest.model.handle import ModelHandle

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from palimpsest.errors import RequestError
-from palimpsest.intervene.composition import Composition
-from palimpsest.intervene.deltas import ReaderDeltas
-from palimpsest.intervene.eraser import cross_covariance
+from palimpsest.intervene.changes.composition import Composition
+from palimpsest.intervene.changes.deltas import ReaderDeltas
+from palimpsest.intervene.changes.kinds import KINDS
+from palimpsest.intervene.erasers.eraser import cross_covariance
+from palimpsest.intervene.erasers.leace import Leace
+from palimpsest.intervene.erasers.leace_readers import LeaceReaders
+from palimpsest.intervene.erasers.leace_weights import LeaceWeights
 from palimpsest.intervene.intervention import Intervention, load
-from palimpsest.intervene.kinds import KINDS
-from palimpsest.intervene.leace import Leace
-from palimpsest.intervene.leace_readers import LeaceReaders
-from palimpsest.intervene.leace_weights import LeaceWeights
 from palimpsest.model.forward import forward, logits
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import NORMS, Part, Site

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from palimpsest.errors import RequestError
-from palimpsest.intervene.composition import Composition
-from palimpsest.intervene.deltas import BiasShift, WeightDeltas
-from palimpsest.intervene.eraser import cross_covariance
+from palimpsest.intervene.changes.composition import Composition
+from palimpsest.intervene.changes.deltas import BiasShift, WeightDeltas
+from palimpsest.intervene.changes.kinds import KINDS
+from palimpsest.intervene.erasers.eraser import cross_covariance
+from palimpsest.intervene.erasers.leace import Leace
+from palimpsest.intervene.erasers.leace_weights import LeaceWeights
 from palimpsest.intervene.intervention import load
-from palimpsest.intervene.kinds import KINDS
-from palimpsest.intervene.leace import Leace
-from palimpsest.intervene.leace_weights import LeaceWeights
 from palimpsest.model.forward import next_token_logprobs
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site

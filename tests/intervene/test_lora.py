@@ -10,10 +10,10 @@ from torch import Tensor
 
 from palimpsest.errors import RequestError
 from palimpsest.facts.fact import Fact
-from palimpsest.intervene import lora
-from palimpsest.intervene.composition import Composition, History
-from palimpsest.intervene.deltas import WeightDeltas
-from palimpsest.intervene.lora import ADAPTER, LoraFineTune, adapted
+from palimpsest.intervene.changes.composition import Composition, History
+from palimpsest.intervene.changes.deltas import WeightDeltas
+from palimpsest.intervene.editors import lora
+from palimpsest.intervene.editors.lora import ADAPTER, LoraFineTune, adapted
 from palimpsest.model.forward import next_token_logprobs
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from palimpsest.errors import RequestError
-from palimpsest.intervene.editor import see
-from palimpsest.intervene.memit import Memit
-from palimpsest.intervene.solving import Inverse, ridge
-from palimpsest.intervene.spread import mean_key
+from palimpsest.intervene.editors.editor import see
+from palimpsest.intervene.editors.memit import Memit
+from palimpsest.intervene.editors.solving import Inverse, ridge
+from palimpsest.intervene.editors.spread import mean_key
 from palimpsest.model.handle import ModelHandle
 from tests.intervene import literal, literal_memit
 from tests.intervene.conftest import CONTEXTS, TARGETS, relative

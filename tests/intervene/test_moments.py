@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from palimpsest.errors import RequestError
+from palimpsest.intervene.editors.prefixes import GivenPrefixes
+from palimpsest.intervene.editors.rome import Rome
 from palimpsest.intervene.moments import (
     GivenMoments,
     Moments,
@@ -17,8 +19,6 @@ from palimpsest.intervene.moments import (
     mirrored,
     second_moments,
 )
-from palimpsest.intervene.prefixes import GivenPrefixes
-from palimpsest.intervene.rome import Rome
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.sample import start_ids
 from palimpsest.model.site import Site

@@ -5,7 +5,7 @@ import torch
 
 from palimpsest.errors import RequestError
 from palimpsest.facts.fact import Prompt
-from palimpsest.intervene.prefixes import GivenPrefixes, SampledPrefixes, in_contexts
+from palimpsest.intervene.editors.prefixes import GivenPrefixes, SampledPrefixes, in_contexts
 from palimpsest.model.forward import greedy
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.sample import start_ids

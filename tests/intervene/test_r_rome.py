@@ -5,12 +5,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from palimpsest.intervene.deltas import WeightDeltas
+from palimpsest.intervene.changes.deltas import WeightDeltas
+from palimpsest.intervene.editors.prefixes import GivenPrefixes
+from palimpsest.intervene.editors.r_rome import RRome
+from palimpsest.intervene.editors.rome import Rome
+from palimpsest.intervene.editors.values import ValueSearch
 from palimpsest.intervene.moments import GivenMoments
-from palimpsest.intervene.prefixes import GivenPrefixes
-from palimpsest.intervene.r_rome import RRome
-from palimpsest.intervene.rome import Rome
-from palimpsest.intervene.values import ValueSearch
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site
 from tests.intervene import literal, literal_rome

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from palimpsest.errors import RequestError
-from palimpsest.intervene.deltas import ReaderDeltas, WeightDeltas
-from palimpsest.intervene.erasure import Erasure
+from palimpsest.intervene.changes.deltas import ReaderDeltas, WeightDeltas
+from palimpsest.intervene.changes.erasure import Erasure
+from palimpsest.intervene.editors.prefixes import GivenPrefixes
+from palimpsest.intervene.editors.rome import Rome
+from palimpsest.intervene.editors.values import ValueSearch
 from palimpsest.intervene.intervention import Intervention, Unchanged
-from palimpsest.intervene.prefixes import GivenPrefixes
-from palimpsest.intervene.rome import Rome
-from palimpsest.intervene.values import ValueSearch
 from palimpsest.model.forward import forward, next_token_logprobs
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.partial import Resume

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from palimpsest.errors import RequestError
 from palimpsest.facts.fact import Fact, Prompt
-from palimpsest.intervene.deltas import WeightDeltas
+from palimpsest.intervene.changes.deltas import WeightDeltas
+from palimpsest.intervene.editors.prefixes import GivenPrefixes
+from palimpsest.intervene.editors.rome import Rome
+from palimpsest.intervene.editors.solving import Inverse
+from palimpsest.intervene.editors.values import ValueSearch
 from palimpsest.intervene.moments import GivenMoments
-from palimpsest.intervene.prefixes import GivenPrefixes
-from palimpsest.intervene.rome import Rome
-from palimpsest.intervene.solving import Inverse
-from palimpsest.intervene.values import ValueSearch
 from palimpsest.model.forward import keys
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from palimpsest.errors import RequestError
+from palimpsest.intervene.changes.deltas import ReaderDeltas, WeightDeltas
+from palimpsest.intervene.changes.erasure import Erasure
 from palimpsest.intervene.controls import NoChange
-from palimpsest.intervene.deltas import ReaderDeltas, WeightDeltas
-from palimpsest.intervene.erasure import Erasure
 from palimpsest.intervene.intervention import Intervention, Unchanged, load
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change, Site

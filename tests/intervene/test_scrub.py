@@ -5,9 +5,9 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from palimpsest.intervene.eraser import cross_covariance
-from palimpsest.intervene.leace import Leace
-from palimpsest.intervene.scrub import Scrub
+from palimpsest.intervene.erasers.eraser import cross_covariance
+from palimpsest.intervene.erasers.leace import Leace
+from palimpsest.intervene.erasers.scrub import Scrub
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site
 from tests.intervene.concepts import LABELS, SAMPLE, assert_erased, states

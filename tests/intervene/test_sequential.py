@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 
 from palimpsest.facts.fact import Fact
-from palimpsest.intervene.alphaedit import AlphaEdit
-from palimpsest.intervene.composition import Composition, History
+from palimpsest.intervene.changes.composition import Composition, History
+from palimpsest.intervene.changes.deltas import WeightDeltas
+from palimpsest.intervene.changes.dense import DenseDeltas
 from palimpsest.intervene.controls import RandomDelta
-from palimpsest.intervene.deltas import WeightDeltas
-from palimpsest.intervene.dense import DenseDeltas
-from palimpsest.intervene.editor import Editor, milestones
-from palimpsest.intervene.emmet import Emmet
-from palimpsest.intervene.finetune import FineTune
+from palimpsest.intervene.editors.alphaedit import AlphaEdit
+from palimpsest.intervene.editors.editor import Editor, milestones
+from palimpsest.intervene.editors.emmet import Emmet
+from palimpsest.intervene.editors.finetune import FineTune
+from palimpsest.intervene.editors.memit import Memit
+from palimpsest.intervene.editors.prefixes import GivenPrefixes
+from palimpsest.intervene.editors.r_rome import RRome
+from palimpsest.intervene.editors.rome import Rome
+from palimpsest.intervene.editors.values import ValueSearch
 from palimpsest.intervene.intervention import Intervention
-from palimpsest.intervene.memit import Memit
 from palimpsest.intervene.moments import GivenMoments
-from palimpsest.intervene.prefixes import GivenPrefixes
-from palimpsest.intervene.r_rome import RRome
-from palimpsest.intervene.rome import Rome
-from palimpsest.intervene.values import ValueSearch
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site
 from tests.intervene import literal, literal_ft, literal_memit, literal_rome

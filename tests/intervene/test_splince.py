@@ -8,11 +8,11 @@ from torch import Tensor
 
 from palimpsest.errors import RequestError
 from palimpsest.facts.fact import Fact
-from palimpsest.intervene.eraser import concept, cross_covariance, states_of
-from palimpsest.intervene.erasure import Erasure
-from palimpsest.intervene.leace import Leace
-from palimpsest.intervene.leace_background import least_change
-from palimpsest.intervene.splince import Splince
+from palimpsest.intervene.changes.erasure import Erasure
+from palimpsest.intervene.erasers.eraser import concept, cross_covariance, states_of
+from palimpsest.intervene.erasers.leace import Leace
+from palimpsest.intervene.erasers.leace_background import least_change
+from palimpsest.intervene.erasers.splince import Splince
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site
 from tests.intervene.concepts import LABELS, SAMPLE, assert_erased, states

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from palimpsest.errors import RequestError
 from palimpsest.facts.fact import Fact
-from palimpsest.intervene.composition import Composition
-from palimpsest.intervene.editor import NOT_FINITE
-from palimpsest.intervene.eraser import concept, states_of
-from palimpsest.intervene.leace import fit_leace
+from palimpsest.intervene.changes.composition import Composition
+from palimpsest.intervene.editors.editor import NOT_FINITE
+from palimpsest.intervene.editors.prefixes import GivenPrefixes
+from palimpsest.intervene.editors.targeted import Targeted
+from palimpsest.intervene.editors.values import Hold, ValueSearch
+from palimpsest.intervene.erasers.eraser import concept, states_of
+from palimpsest.intervene.erasers.leace import fit_leace
 from palimpsest.intervene.moments import GivenMoments
-from palimpsest.intervene.prefixes import GivenPrefixes
-from palimpsest.intervene.targeted import Targeted
-from palimpsest.intervene.values import Hold, ValueSearch
 from palimpsest.model.forward import next_token_logprobs
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site

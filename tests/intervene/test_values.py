@@ -8,7 +8,7 @@ from torch import Tensor
 
 from palimpsest.errors import RequestError
 from palimpsest.facts.fact import Prompt
-from palimpsest.intervene.values import Values, ValueSearch
+from palimpsest.intervene.editors.values import Values, ValueSearch
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site
 from tests.intervene import literal

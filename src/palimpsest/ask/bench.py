@@ -11,8 +11,8 @@ from palimpsest.ask.sampling import Sampled, sampled
 from palimpsest.errors import RequestError
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.facts.splits import Splits
-from palimpsest.intervene.in_turn import InTurn
 from palimpsest.intervene.intervention import Intervention, Method
+from palimpsest.intervene.pairs import InTurn
 from palimpsest.locate.fixed import Fixed
 from palimpsest.locate.locator import Locator
 from palimpsest.model.forward import greedy

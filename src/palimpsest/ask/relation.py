@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.ask.inquiry import Inquiry
+from palimpsest.cache import cached_tensors
 from palimpsest.errors import RequestError, nearest
 from palimpsest.evaluate.asking import knows
 from palimpsest.facts.atlas import fold
@@ -16,7 +17,6 @@ from palimpsest.facts.countries import bare
 from palimpsest.facts.dataset import DataSet
 from palimpsest.facts.fact import Fact
 from palimpsest.facts.splits import deal, order
-from palimpsest.files import cached_tensors
 from palimpsest.model.forward import features
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site

@@ -274,9 +274,9 @@ def _sweep(file: Path, overrides: Sequence[str]) -> int:
 
 def _report(directory: Path, reference: str | None = None) -> int:
     """Print the table; write the page, CSV and LaTeX."""
-    from palimpsest.record.report import write_report
     from palimpsest.record.store import load_runs
-    from palimpsest.record.terminal import print_summary
+    from palimpsest.report.page import write_report
+    from palimpsest.report.terminal import print_summary
 
     console = Screen()
     console.width = max(console.width, 110)  # narrower, the table would lose columns

@@ -49,7 +49,7 @@ def _apply(options: argparse.Namespace) -> int:
         raise RequestError(
             "expected --intervention DIR, or --undo, found neither; name a run's directory"
         )
-    from palimpsest.intervene.applying import apply, choose
+    from palimpsest.apply import apply, choose
 
     chosen = choose(options.intervention, options.fact, options.step)
     dtype = [] if chosen.dtype is None else [f"model.dtype={quoted(chosen.dtype)}"]
@@ -68,7 +68,7 @@ def _undo(options: argparse.Namespace) -> int:
             "expected --undo without --fact and --step, found one of them: what was applied is "
             "undone as a whole; leave it out"
         )
-    from palimpsest.intervene.applying import undo
+    from palimpsest.apply import undo
 
     source = _source([f"model.path={quoted(options.model)}"], options.overrides)
     record = undo(source, options.output, options.intervention)

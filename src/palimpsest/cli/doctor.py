@@ -271,7 +271,7 @@ def _words(size: float) -> str:
 
 
 def _tracking() -> Iterator[Finding]:
-    from palimpsest.record.tracker import Tracker
+    from palimpsest.track.wandb import Tracker
 
     advice = {
         "online": "WANDB_MODE=offline keeps runs on this machine",

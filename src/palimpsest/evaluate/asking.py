@@ -10,9 +10,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from palimpsest.cache import cached_tensors
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.facts.splits import Splits
-from palimpsest.files import cached_tensors
 from palimpsest.model.forward import Score, score
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from palimpsest.cache import cached_tensors
 from palimpsest.errors import check_at_least, check_number
 from palimpsest.evaluate.asking import dealt
-from palimpsest.evaluate.probes import Probe, train_all
-from palimpsest.evaluate.readings import (
+from palimpsest.evaluate.probing.probes import Probe, train_all
+from palimpsest.evaluate.probing.readings import (
     NOT_FINITE,
     accuracies,
     at,
@@ -27,10 +28,9 @@ from palimpsest.evaluate.readings import (
     strength_row,
     undefined,
 )
-from palimpsest.evaluate.training import Kit, Recipe, Where, train_kit
+from palimpsest.evaluate.probing.training import Kit, Recipe, Where, train_kit
 from palimpsest.facts.fact import Fact
 from palimpsest.facts.splits import Splits
-from palimpsest.files import cached_tensors
 from palimpsest.model.forward import features, logits
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import EMBEDDING, Change, Position, Site

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from palimpsest.evaluate.asking import withheld
-from palimpsest.evaluate.attacks import Attacks
-from palimpsest.evaluate.compression import Compression
+from palimpsest.evaluate.attacks.candidates import Attacks
+from palimpsest.evaluate.attacks.compression import Compression
+from palimpsest.evaluate.attacks.inversion import Inversion
+from palimpsest.evaluate.attacks.relearning import Relearning
 from palimpsest.evaluate.consistency import Consistency, Premises
 from palimpsest.evaluate.downstream import Downstream, ask_targets
-from palimpsest.evaluate.inversion import Inversion
 from palimpsest.evaluate.recoverability import Recoverability, Trained
-from palimpsest.evaluate.relearning import Relearning
 from palimpsest.evaluate.tuned_lens import Translator, TunedLens, lens_rows
 from palimpsest.evaluate.undertext import Readers, Undertext
 from palimpsest.facts.splits import Splits

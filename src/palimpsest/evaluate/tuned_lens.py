@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from palimpsest.cache import cached_tensors
 from palimpsest.errors import check_at_least, check_number, check_seed
-from palimpsest.files import cached_tensors
 from palimpsest.model.forward import capturing, logits, run_to
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.memory import within_memory

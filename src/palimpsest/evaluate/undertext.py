@@ -11,12 +11,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from palimpsest.cache import cached_tensors
 from palimpsest.errors import check_at_least, check_number
-from palimpsest.evaluate.probes import Probe, train_all
-from palimpsest.evaluate.readings import NOT_FINITE
+from palimpsest.evaluate.probing.probes import Probe, train_all
+from palimpsest.evaluate.probing.readings import NOT_FINITE
 from palimpsest.facts.fact import Fact
 from palimpsest.facts.splits import Splits
-from palimpsest.files import cached_tensors
 from palimpsest.model.forward import states_at
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.positions import GROUPS, Group, places

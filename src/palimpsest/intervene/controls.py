@@ -7,8 +7,8 @@ import torch
 
 from palimpsest.errors import RequestError, check_seed
 from palimpsest.facts.splits import Splits
-from palimpsest.intervene.composition import Composition, Parts
-from palimpsest.intervene.deltas import WeightDeltas
+from palimpsest.intervene.changes.composition import Composition, Parts
+from palimpsest.intervene.changes.deltas import WeightDeltas
 from palimpsest.intervene.intervention import Intervention, Method, Unchanged
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change, Site

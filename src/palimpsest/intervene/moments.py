@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from palimpsest.cache import cached_tensors, is_cached
 from palimpsest.errors import RequestError, check_at_least, check_seed
-from palimpsest.files import cached_tensors, is_cached, reading, sha256_file
+from palimpsest.files import reading, sha256_file
 from palimpsest.model.forward import run_to
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.memory import within_memory

@@ -20,9 +20,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from palimpsest.cache import cached_tensors
 from palimpsest.errors import RequestError, check_at_least
 from palimpsest.facts.fact import Fact
-from palimpsest.files import cached_tensors
 from palimpsest.locate.corruption import NO_OTHER, noise, other_subjects, subject_spread
 from palimpsest.model.corruption import corrupted
 from palimpsest.model.forward import capturing, logits

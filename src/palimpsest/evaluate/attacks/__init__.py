@@ -1,0 +1,1 @@
+"""Attackers who look for the old object."""

@@ -1,0 +1,1 @@
+"""Probes of hidden states and what they tell."""

@@ -1,0 +1,1 @@
+"""What an intervention is made of: changes of weights and of states."""

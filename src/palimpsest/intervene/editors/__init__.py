@@ -1,0 +1,1 @@
+"""Methods that write facts into W_out."""

@@ -1,0 +1,1 @@
+"""Tables become pages, terminal lines, CSV, LaTeX and pictures."""

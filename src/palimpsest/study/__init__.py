@@ -1,0 +1,1 @@
+"""Results become tables: estimates with intervals, comparisons, the index."""

@@ -1,0 +1,1 @@
+"""Runs shown by wandb while they work and after."""

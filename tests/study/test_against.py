@@ -1,0 +1,273 @@
+"""Runs against one of them: differences fact by fact, with paired intervals."""
+
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from palimpsest.errors import RequestError
+from palimpsest.record.row import UPSTREAM, Row
+from palimpsest.record.store import Run
+from palimpsest.report.page import write_report
+from palimpsest.report.terminal import print_summary
+from palimpsest.study.against import COLUMNS, contrast, contrasts, to_csv
+from palimpsest.study.columns import HEADLINE
+from palimpsest.study.intervals import RESAMPLES, resampling
+from palimpsest.study.recoverable import recoverable, recoverable_beyond
+from palimpsest.study.summary import summarise
+from tests.study.test_localization import written
+from tests.study.test_recoverable import FACTS, attack, probe, run_of, share
+
+[PARAPHRASE] = [column for column in HEADLINE if column.title == "paraphrase"]
+[PERPLEXITY] = [column for column in HEADLINE if column.title == "perplexity"]
+INDEX = "recoverability/recoverable/index"
+
+
+def said(values: dict[str, float | None], prompts: int = 1, first: int = 0) -> list[Row]:
+    """Success on paraphrases, by fact, numbered from the first."""
+    return [
+        Row(
+            scope="fact", axis="downstream", metric="paraphrase", protocol="probability",
+            split="target", fact_id=fact, relation="r", prompt_id=f"paraphrase/{n}", value=value,
+            note=None if value is not None else "failed",
+        )
+        for fact, value in values.items()
+        for n in range(first, first + prompts)
+    ]  # fmt: skip
+
+
+def pair(path: Path, first: list[Row], second: list[Row]) -> tuple[Run, Run]:
+    return written(path, "a", first, method="memit"), written(path, "b", second, method="rome")
+
+
+# -- the numbers -----------------------------------------------------------------------------------
+
+
+def test_the_interval_is_of_the_differences(tmp_path: Path) -> None:
+    """Equal to a bootstrap of both means on the same resamples."""
+    random = np.random.default_rng(0)
+    one = dict(zip(FACTS, random.random(24), strict=True))
+    other = {fact: value - 0.2 * random.random() for fact, value in one.items()}
+    found = contrast(PARAPHRASE, *pair(tmp_path, said(one, 2), said(other, 2)))
+    weights = resampling(("r",) * 24)
+    means = [weights @ np.array([side[fact] for fact in FACTS]) / 24 for side in (one, other)]
+    assert len(weights) == RESAMPLES
+    assert (found.low, found.high) == pytest.approx(
+        np.quantile(means[0] - means[1], [0.025, 0.975])
+    )
+    assert found.value == pytest.approx(np.mean([one[f] - other[f] for f in FACTS]))
+    apart = [np.ptp(np.quantile(each, [0.025, 0.975])) for each in means]
+    assert found.high - found.low < min(apart) / 2
+
+
+def test_equal_methods_seldom_differ(tmp_path: Path) -> None:
+    """The interval leaves out zero for about one pair in twenty whose facts succeed by chance."""
+    random, apart, pairs = np.random.default_rng(1), 0, 60
+    for n in range(pairs):
+        sides = random.random((2, 24)) < 0.5
+        rows = [said(dict(zip(FACTS, map(float, side), strict=True))) for side in sides]
+        found = contrast(PARAPHRASE, *pair(tmp_path / str(n), *rows))
+        apart += not found.low <= 0 <= found.high
+    assert apart <= 9  # binomial: more than 9 of 60 at 7% has a chance below 1%
+
+
+def test_only_facts_with_both_values_count(tmp_path: Path) -> None:
+    one = {"f00": 1.0, "f01": 1.0, "f02": None, "f03": 1.0}
+    other = {"f00": 0.0, "f01": 1.0, "f02": 0.0}
+    found = contrast(PARAPHRASE, *pair(tmp_path, said(one), said(other)))
+    assert (found.value, found.n) == (0.5, 2)
+    assert found.note == "facts with a value on one side only are left out: 2"
+    nothing = contrast(PARAPHRASE, *pair(tmp_path / "none", said(one), said({"f02": 0.0})))
+    assert (nothing.value, nothing.note) == (None, "no fact has a value on both sides")
+    missing = contrast(PARAPHRASE, *pair(tmp_path / "null", said(one), said({"f02": None})))
+    assert (missing.value, missing.note) == (None, "one of the two has no value")
+
+
+def test_only_prompts_with_both_values_count(tmp_path: Path) -> None:
+    one = said(dict.fromkeys(FACTS, 1.0)) + said(dict.fromkeys(FACTS, 0.0), first=1)
+    other = said(dict.fromkeys(FACTS, 1.0)) + said(dict.fromkeys(FACTS), first=1)
+    found = contrast(PARAPHRASE, *pair(tmp_path, one, other))
+    assert (found.value, found.low, found.high) == (0.0, 0.0, 0.0)
+
+
+def perplexity(value: float, n: int = 100) -> list[Row]:
+    return [
+        Row(
+            scope="fact", axis="downstream", metric="perplexity", protocol="heldout_text",
+            value=value, n=n,
+        )
+    ]  # fmt: skip
+
+
+def test_what_is_no_single_facts_has_no_interval(tmp_path: Path) -> None:
+    found = contrast(PERPLEXITY, *pair(tmp_path, perplexity(27.5), perplexity(26.0)))
+    assert (found.value, found.low, found.high, found.n) == (1.5, None, None, 100)
+    unlike = contrast(PERPLEXITY, *pair(tmp_path / "n", perplexity(27.5), perplexity(26.0, 90)))
+    assert (unlike.value, unlike.note) == (None, "not over the same: n = 100 and 90")
+
+
+def test_the_index_is_compared_fact_by_fact(tmp_path: Path) -> None:
+    one = run_of(tmp_path / "a", attack("few_shot", share(0.75), 0.0), probe(share(0.5), 6))
+    other = run_of(tmp_path / "b", attack("few_shot", share(0.25), 0.0), probe(share(0.5), 6))
+    found = recoverable_beyond(one, other)
+    assert found.value == pytest.approx(recoverable(one).value - recoverable(other).value)
+    assert found.low < found.value < found.high
+    assert found.place == "few_shot, against frozen, layer 6, last_prompt"
+    same = recoverable_beyond(one, one)
+    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
+
+
+def test_only_places_that_count_for_both_are_compared(tmp_path: Path) -> None:
+    """A change at layer 9 that does nothing is no better than no change."""
+    both = [attack("logit_lens", share(0.5), 0.0, layer=24)]
+    unreached = attack("logit_lens", share(1.0), 0.0, layer=6, note=UPSTREAM)
+    whole = attack("logit_lens", share(1.0), 0.0, layer=6, note=UPSTREAM)
+    none = run_of(
+        tmp_path / "a", whole, attack("logit_lens", share(0.5), 0.0, layer=24, note=UPSTREAM)
+    )
+    nothing = run_of(tmp_path / "b", unreached, *both)
+    assert (recoverable(none).value, recoverable(nothing).value) == (1.0, 0.5)
+    found = recoverable_beyond(nothing, none)
+    assert (found.value, found.low, found.high) == (0.0, 0.0, 0.0)
+    lower = run_of(
+        tmp_path / "c", attack("logit_lens", share(1.0), 0.0, layer=6),
+        attack("logit_lens", share(0.25), 0.0, layer=24),
+    )  # fmt: skip
+    assert recoverable_beyond(lower, nothing).value == pytest.approx(-0.25)
+
+
+def test_two_methods_below_chance_do_not_differ(tmp_path: Path) -> None:
+    one, other = (run_of(tmp_path / name, attack("few_shot", share(s), 0.8))
+                  for name, s in (("a", 0.5), ("b", 0.25)))  # fmt: skip
+    assert recoverable(one).value == recoverable(other).value == 0.0
+    found = recoverable_beyond(one, other)
+    assert found.value == 0.0
+    assert found.low <= 0 <= found.high
+
+
+def test_a_failed_fact_is_left_out_of_the_index_on_both_sides(tmp_path: Path) -> None:
+    hits = share(0.5)
+    one = run_of(tmp_path / "a", attack("few_shot", hits, 0.0))
+    rest = {fact: hits[fact] for fact in FACTS[1:]}
+    other = run_of(tmp_path / "b", attack("few_shot", rest, 0.0))
+    found = recoverable_beyond(one, other)
+    assert (found.value, found.n) == (0.0, 23)
+    assert found.note == "facts with a value on one side only are left out: 1"
+
+
+def test_an_index_of_other_facts_is_not_compared(tmp_path: Path) -> None:
+    hits = share(0.5)
+    first, last = ({fact: hits[fact] for fact in some} for some in (FACTS[:14], FACTS[10:]))
+    one = run_of(tmp_path / "a", attack("few_shot", first, 0.0))
+    other = run_of(tmp_path / "b", attack("few_shot", last, 0.0))
+    assert recoverable_beyond(one, other).note == "fewer than 6 facts have a value on both sides"
+    few = run_of(tmp_path / "c", attack("few_shot", {"f00": 1.0}, 0.0))
+    assert recoverable_beyond(one, few).note == "fewer than 6 facts with a value"
+    assert recoverable_beyond(few, one).value is None
+
+
+# -- the runs --------------------------------------------------------------------------------------
+
+
+def test_every_other_run_has_a_line_with_every_number(runs: list[Run]) -> None:
+    found = contrasts(summarise(runs), "memit")
+    assert found.reference.method == "memit"
+    assert len(found.lines) == len(runs) - 1
+    assert not found.unlike
+    for line in found.lines:
+        assert set(line.values) == {column.key for column in COLUMNS}
+    assert INDEX in found.lines[0].values
+
+
+def test_runs_that_were_asked_something_else_are_left_out(tmp_path: Path) -> None:
+    rows = said(share(0.5))
+    runs = [
+        written(tmp_path, "a", rows, method="rome"),
+        written(tmp_path, "b", rows, method="memit"),
+        written(tmp_path, "c", rows, method="emmet", seed=1),
+        written(tmp_path, "d", rows, method="r_rome", model={"fingerprint": "other"}),
+        written(tmp_path, "e", rows, method="ft", config={"evaluate": {"stride": 9}}),
+        written(tmp_path, "f", rows[1:], method="ft_l"),
+        written(tmp_path, "g", rows, method="alphaedit", facts={"fingerprint": "other"}),
+        written(tmp_path, "h", rows, method="scrub", config={"model": {"prefix": "x"}}),
+    ]
+    found = contrasts(summarise(runs), "rome")
+    assert [line.summary.method for line in found.lines] == ["memit"]
+    assert sorted(found.unlike) == ["alphaedit", "emmet", "ft", "ft_l", "r_rome", "scrub"]
+    alone = summarise(runs[1:3])
+    with pytest.raises(RequestError, match="expected other runs that were asked the same as memit"):
+        contrasts(alone, "memit")
+
+
+def test_of_traces_alone_nothing_is_compared() -> None:
+    with pytest.raises(RequestError, match="found 'rome'; only traces are here"):
+        contrasts([], "rome")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("roem", "expected --against to name one of the runs, found 'roem'"),
+        ("rome", r"expected one run in --against, found 2; name it: 'rome \[variant"),
+    ],
+)
+def test_a_reference_that_is_no_run_is_refused(runs: list[Run], name: str, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        contrasts(summarise(runs), name)
+
+
+# -- the views -------------------------------------------------------------------------------------
+
+
+def test_csv_has_a_line_a_number(runs: list[Run]) -> None:
+    found = contrasts(summarise(runs), "rome [variant=plain]")
+    lines = list(csv.DictReader(io.StringIO(to_csv(found))))
+    assert len(lines) == len(found.lines) * len(COLUMNS)
+    assert {line["against"] for line in lines} == {found.reference.run.run_id}
+    [memit] = [x for x in lines if x["method"] == "memit" and x["number"] == PARAPHRASE.key]
+    wanted = contrast(PARAPHRASE, *[r for r in runs if r.run_id == memit["run_id"]],
+                      found.reference.run)  # fmt: skip
+    assert float(memit["value"]) == wanted.value
+
+
+def test_the_page_sets_runs_against_the_named_one(sweep: Path) -> None:
+    page = write_report(sweep, "memit").read_text()
+    assert "Against memit, fact by fact" in page
+    assert (sweep / "against.csv").is_file()
+    assert 'fact by fact</h2>\n<p class="caption">Each run' not in write_report(sweep).read_text()
+
+
+def lines_of(runs: list[Run], name: str) -> list[str]:
+    console = Console(file=io.StringIO(), width=110)
+    print_summary(runs, console, name)
+    return console.file.getvalue().splitlines()
+
+
+def test_the_terminal_stars_what_differs(tmp_path: Path) -> None:
+    sides = (
+        said(dict.fromkeys(FACTS, 1.0)) + perplexity(36.5),
+        said(share(0.5)) + perplexity(26.0),
+    )
+    other = written(tmp_path, "c", perplexity(1.0), method="emmet", seed=1)
+    lines = lines_of([*pair(tmp_path, *sides), other], "rome")
+    [head] = [line for line in lines if line.startswith("less rome")]
+    [memit] = [line for line in lines[lines.index(head) :] if line.startswith("memit")]
+    assert head.split()[2:] == [column.short for column in COLUMNS]
+    assert memit.split()[1 + COLUMNS.index(PARAPHRASE)] == "+.50*"
+    assert memit.split()[1 + COLUMNS.index(PERPLEXITY)] == "+10.5"
+    assert max(map(len, lines)) <= 110
+    assert lines[-1].endswith("seed: emmet")
+
+
+def test_the_reference_is_named_by_its_whole_label(tmp_path: Path) -> None:
+    rows = said(share(0.5))
+    runs = [
+        written(tmp_path, name, rows, method="rome", config={"intervene": {"variant": name}})
+        for name in ("plain", "[/b]")
+    ]
+    for run in summarise(runs):
+        shown = "".join(line.strip() for line in lines_of(runs, run.label))
+        assert f"less {run.label}" in shown
