@@ -111,7 +111,7 @@ def _work(
     for found in tracing.trace(model, facts):
         section = f"trace/{found.fact.id}"
         if not store.has(section):
-            store.append(tracing.rows(found, experiment.split), section=section)
+            store.append(tracing.rows(found, experiment.split), section, measure="trace")
         portraits.append(_portrait(model, found))
     store.write_facts(portraits)
 

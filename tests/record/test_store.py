@@ -312,7 +312,7 @@ def _no_parquet(tmp_path: Path) -> Path:
         (lambda path: _broken(path, "[]"), "expected the keys run_id, method, status"),
         (
             lambda path: _broken(path, json.dumps(RUN | {"status": "done", "schema": 99})),
-            "expected results of schema 1 .* found 99; .*a newer version",
+            "expected results of schema 2 .* found 99; .*a newer version",
         ),
         (
             lambda path: _broken(path, json.dumps(RUN | {"status": "done", "schema": 0})),

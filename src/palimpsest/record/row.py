@@ -12,7 +12,7 @@ Scope = Literal["fact", "relation"]
 UPSTREAM = "unchanged by construction"
 """In the note of a value that was read where the change cannot reach."""
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of the results schema; part of every run_id."""
 
 

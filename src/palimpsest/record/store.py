@@ -23,6 +23,8 @@ from palimpsest.record.redact import one_line
 from palimpsest.record.row import SCHEMA_VERSION, Row
 
 COLUMNS = {
+    "measure": "VARCHAR",
+    "measure_key": "VARCHAR",
     "fact_id": "VARCHAR",
     "relation": "VARCHAR",
     "split": "VARCHAR",
@@ -40,6 +42,12 @@ COLUMNS = {
     "note": "VARCHAR",
 }
 """The columns of rows.parquet in order, with their SQL types."""
+
+MEASURE = ("measure", "measure_key")
+"""The columns that say by which measure a row was made, and how that was configured."""
+
+FIELDS = tuple(name for name in COLUMNS if name not in MEASURE)
+"""The columns that are fields of a Row."""
 
 KEY = tuple(name for name in COLUMNS if name not in ("value", "n", "note"))
 """The columns that together name a row: no two rows of a run share them."""
@@ -127,7 +135,7 @@ class RunStore:
         """Take over a run's directory and the lines that its rows.jsonl holds already."""
         self.directory = directory
         self._run = run
-        self._keys = {_key(Row(**line)) for line in kept if "section" not in line}
+        self._keys = {_key(line) for line in kept if "section" not in line}
         self._sections = {line["section"] for line in kept if "section" in line}
 
     @classmethod
@@ -168,7 +176,13 @@ class RunStore:
         """Whether a section's rows are all there, from this attempt or an earlier one."""
         return section in self._sections
 
-    def append(self, rows: Iterable[Row], section: str | None = None) -> None:
+    def append(
+        self,
+        rows: Iterable[Row],
+        section: str | None = None,
+        measure: str = "fit",
+        measure_key: str = "",
+    ) -> None:
         """Add rows to the file on disk, all or none.
 
         A value that is NaN or infinite is kept as a missing one, with the cause in its note.
@@ -177,19 +191,22 @@ class RunStore:
             rows: any number.
             section: a name for them, if they are whole without any others: a later attempt at an
                 interrupted run then keeps them.
+            measure: the name of the measure that made them.
+            measure_key: the hash of its configuration; empty for what is no measure of the ruler.
 
         Raises:
             ValueError: a row's key was already written; the message names the key.
             WriteError: there is no room.
         """
-        clean = [_finite(row) for row in rows]
+        made = {"measure": measure, "measure_key": measure_key}
+        records = [made | _record(_finite(row)) for row in rows]
         fresh: set[Key] = set()
-        for row in clean:
-            key = _key(row)
+        for record in records:
+            key = _key(record)
             if key in self._keys or key in fresh:
                 raise ValueError(f"two rows with the same key: {_describe(key)}")
             fresh.add(key)
-        lines = [_record(row) for row in clean] + ([{"section": section}] if section else [])
+        lines = records + ([{"section": section}] if section else [])
         _extend(self.directory / _ROWS, "".join(json.dumps(line) + "\n" for line in lines))
         self._keys |= fresh
         self._sections |= {section} if section else set()
@@ -335,8 +352,8 @@ def _finite(row: Row) -> Row:
     return dataclasses.replace(row, value=None, note=note)
 
 
-def _key(row: Row) -> Key:
-    return tuple(getattr(row, name) for name in KEY)
+def _key(record: Mapping[str, Any]) -> Key:
+    return tuple(record[name] for name in KEY)
 
 
 def _describe(key: Key) -> str:
@@ -344,7 +361,7 @@ def _describe(key: Key) -> str:
 
 
 def _record(row: Row) -> dict[str, Any]:
-    record = {name: getattr(row, name) for name in COLUMNS}
+    record = {name: getattr(row, name) for name in FIELDS}
     return record | {"value": None if row.value is None else float(row.value)}
 
 
@@ -368,10 +385,10 @@ def _parquet(path: Path) -> str:
 
 
 def _read_rows(source: str) -> list[Row]:
-    query = f"SELECT {', '.join(COLUMNS)} FROM {source} ORDER BY {_ORDER}"
+    query = f"SELECT {', '.join(FIELDS)} FROM {source} ORDER BY {_ORDER}"
     with _database() as database:
         records = database.execute(query).fetchall()
-    return [Row(**dict(zip(COLUMNS, record, strict=True))) for record in records]
+    return [Row(**dict(zip(FIELDS, record, strict=True))) for record in records]
 
 
 def _run_directories(directory: Path) -> list[Path]:
