@@ -1,22 +1,29 @@
 """What every experiment leaves behind: a directory that is opened, tracked and finished."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from palimpsest.evaluate.asking import knows
+from palimpsest.evaluate.ruler import Prepared, Ruler, after, portraits
+from palimpsest.evaluate.scene import Scene
 from palimpsest.facts.dataset import DataSet
 from palimpsest.facts.fact import FactSet
 from palimpsest.facts.splits import Splits, split
 from palimpsest.files import check_writable
+from palimpsest.intervene.intervention import Intervention
+from palimpsest.locks import Holder, held
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.load import Pretrained
 from palimpsest.record import provenance
 from palimpsest.record.provenance import Phase, Stopwatch
 from palimpsest.record.recording import Recording
-from palimpsest.record.store import RunStore, check_earlier, is_done
+from palimpsest.record.store import RunStore, check_earlier, is_done, measured, read_run
+
+Keys = Mapping[str, str]
+"""The measures that are wanted, by name, and the key of each."""
 
 
 @dataclass(frozen=True)
@@ -65,23 +72,65 @@ class Ground:
         return self._splits
 
 
-def recorded(
-    recording: Recording,
-    record: dict[str, Any],
-    model: ModelHandle,
-    splits: Callable[[], Splits],
-    watch: Stopwatch,
-    work: Callable[[RunStore], None],
-) -> tuple[Path, bool]:
+def keys_of(ruler: Ruler) -> dict[str, str]:
+    """The key of each measure, by name."""
+    return {name: provenance.measure_key(each) for name, each in ruler.measures.items()}
+
+
+def finished(recording: Recording, request: str, keys: Keys) -> Path | None:
+    """The finished run that was asked for by this request and has all of these measures.
+
+    No model is looked at.
+
+    Args:
+        recording: where the runs stand.
+        request: what was asked, as of `provenance.request`.
+        keys: the measures that are wanted.
+
+    Returns:
+        the run's directory; None if there is none yet.
+
+    Raises:
+        RequestError: it is there, and damaged.
+    """
+    for path in sorted(recording.directory.glob("*/run.json")):
+        run = read_run(path.parent)
+        asked = run is not None and request in (run.get("requests") or ())
+        if run is not None and asked and is_done(path.parent) and set(keys.items()) <= measured(run):
+            check_earlier(path.parent)
+            return path.parent
+    return None
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run that is to be there afterwards.
+
+    Attributes:
+        record: run.json as far as it is known before the work begins.
+        keys: the measures that it is to have.
+        ground: model and facts.
+        splits: gives the facts; not called if nothing is to be done.
+        work: appends rows to the store that it is given; the names are of the measures to take.
+    """
+
+    record: dict[str, Any]
+    keys: Keys
+    ground: Ground
+    splits: Callable[[], Splits]
+    work: Callable[[RunStore, set[str]], None]
+
+
+def recorded(recording: Recording, task: Task, told: Callable[[str], None]) -> tuple[Path, bool]:
     """Do some work in a run's directory, tracked; leave it if it was done before.
+
+    The directory is locked meanwhile: a second process that asks for the same run waits. A finished
+    run that lacks some of the measures is measured further.
 
     Args:
         recording: where results go.
-        record: run.json as far as it is known.
-        model: the loaded model.
-        splits: gives the facts; not called if the run was done before.
-        watch: of the phases.
-        work: appends rows to the store that it is given.
+        task: what is to be there afterwards.
+        told: tells the user in a line who works there.
 
     Returns:
         the run's directory, and whether it was done before and is left as it was.
@@ -89,26 +138,100 @@ def recorded(
     Raises:
         RequestError: an earlier attempt is not to be judged, or the directory cannot be written.
     """
-    directory = recording.directory / record["run_id"]
+    directory = recording.directory / task.record["run_id"]
     check_earlier(directory)
-    if is_done(directory):
-        return directory, True
-    check_writable(directory)
-    record["facts"] |= {"counts": dict(splits().counts), "sizes": splits().sizes}
-    store = RunStore.open(directory, record)
-    tracker = recording.tracker
+    if not is_done(directory):
+        check_writable(directory)
+    with held(directory / ".lock", waiting=partial(_tell, directory, told)):
+        check_earlier(directory)
+        run = read_run(directory) if is_done(directory) else None
+        have = set() if run is None else measured(run)
+        missing = {name for name, key in task.keys.items() if (name, key) not in have}
+        if run is not None and not missing:
+            _also_asked(directory, run, task.record["requests"])
+            return directory, True
+        store = _opened(directory, task, run)
+        _carried_out(recording, store, task, missing)
+    return directory, False
+
+
+def _tell(directory: Path, told: Callable[[str], None], holder: Holder) -> None:
+    told(f"waiting for {directory}: {holder} works there")
+
+
+def _also_asked(directory: Path, run: Mapping[str, Any], requests: list[str]) -> None:
+    """Note that another request came to the same run, so that it is known without a model."""
+    if not set(requests) <= set(run.get("requests") or ()):
+        RunStore.further(directory, {}).ask(requests)
+
+
+def _opened(directory: Path, task: Task, run: Mapping[str, Any] | None) -> RunStore:
+    record = task.record
+    if run is not None:
+        return RunStore.further(directory, record)
+    facts = {"counts": dict(task.splits().counts), "sizes": task.splits().sizes}
+    return RunStore.open(directory, record | {"facts": record["facts"] | facts})
+
+
+def _carried_out(recording: Recording, store: RunStore, task: Task, missing: set[str]) -> None:
+    """Work and tell the tracker; what fails is written down."""
+    tracker, watch, model = recording.tracker, task.ground.watch, task.ground.model
     try:
-        with tracker.run(directory, record) as live:
-            store.update(wandb=tracker.describe())
-            work(store)
-            store.update(seconds=watch.seconds, peak_mb=watch.peak_mb)
-            store.update(batch_sizes={"forward": model.batch_size})
+        with tracker.run(store.directory, store.run) as live:
+            task.work(store, missing)
+            store.ask(task.record["requests"])
+            if not store.finished:
+                store.update(wandb=tracker.describe())
+                store.update(seconds=watch.seconds, peak_mb=watch.peak_mb)
+                store.update(batch_sizes={"forward": model.batch_size})
             live.log_results(store.snapshot())
+        store.finish()
     except BaseException as error:
         store.fail(error)
         raise
-    store.finish()
-    return directory, False
+
+
+def measure_into(
+    store: RunStore, ruler: Ruler, intervention: Intervention, ground: Ground, prepared: Prepared
+) -> None:
+    """Lay a ruler on the changed model, and append its rows measure by measure.
+
+    Sections that the store has already are left out.
+
+    Args:
+        store: of the run.
+        ruler: the measures to take.
+        intervention: fitted before, on this model.
+        ground: model and facts.
+        prepared: what the measures took from the unchanged model.
+    """
+    model, facts, change = ground.model, ground.split(), intervention.change
+    keys = keys_of(ruler)
+    for step in intervention.checkpoints:
+        with intervention.at(step).applied(model):
+            scene = after(Scene(model, facts, change, ground.seed), step)
+            _append(store, ruler.along, keys, scene, prepared, f"/step/{step}")
+    with intervention.applied(model):
+        scene = Scene(model, facts, change, ground.seed, intervention.differences())
+        _append(store, ruler, keys, scene, prepared)
+        if not store.finished:
+            store.write_facts(portraits(model, facts))
+    for name, measure in ruler.measures.items():
+        store.note(name, keys[name], settings=provenance.describe(measure), **made_with(model))
+
+
+def _append(
+    store: RunStore,
+    ruler: Ruler,
+    keys: Keys,
+    scene: Scene,
+    prepared: Prepared,
+    behind: str = "",
+) -> None:
+    for name, rows in ruler.sections(scene, prepared):
+        section = f"{name}/{keys[name]}{behind}"
+        if not store.has(section):
+            store.append(rows, section, name, keys[name])
 
 
 def asked(model: ModelHandle, facts: FactSet, plan: DataSet, seed: int) -> dict[str, Any]:
@@ -118,6 +241,15 @@ def asked(model: ModelHandle, facts: FactSet, plan: DataSet, seed: int) -> dict[
         "model": {"fingerprint": model.fingerprint, "prefix": model.prefix},
         "facts": about,
         "seed": seed,
+    }
+
+
+def made_with(model: ModelHandle) -> dict[str, Any]:
+    """The versions, the code and the device of what works now."""
+    return {
+        "versions": provenance.versions(),
+        "code": provenance.code(),
+        "device": provenance.device_name(model.device),
     }
 
 
@@ -149,19 +281,23 @@ class Described(Protocol):
         """The command line."""
         ...
 
+    @property
+    def request(self) -> str:
+        """What was asked, before a model was loaded."""
+        ...
+
 
 def described(experiment: Described, model: ModelHandle, facts: FactSet) -> dict[str, Any]:
     """What run.json says of every experiment."""
     return {
-        "model": {"name": model.name, "fingerprint": model.fingerprint},
+        "requests": [experiment.request],
+        "model": {"name": model.name, "fingerprint": model.fingerprint, "prefix": model.prefix},
         "facts": {"name": experiment.names["facts"], "fingerprint": facts.fingerprint},
         "seed": experiment.seed,
         "sweep": experiment.recording.directory.name,
         "config": experiment.config,
-        "versions": provenance.versions(),
         "git_commit": provenance.git_commit(),
-        "code": provenance.code(),
-        "device": provenance.device_name(model.device),
+        **made_with(model),
         "batch_sizes": {"forward": model.batch_size},
         "command": experiment.command,
     }

@@ -66,7 +66,18 @@ def test_parquet_has_the_contracts_columns_and_types(tmp_path):
     store = RunStore.open(tmp_path, RUN)
     store.append([row()])
     store.finish()
-    text = ["fact_id", "relation", "split", "scope", "axis", "metric", "protocol", "prompt_id"]
+    text = [
+        "measure",
+        "measure_key",
+        "fact_id",
+        "relation",
+        "split",
+        "scope",
+        "axis",
+        "metric",
+        "protocol",
+        "prompt_id",
+    ]
     assert described(tmp_path / "rows.parquet") == {
         **dict.fromkeys(text, "VARCHAR"),
         "layer": "INTEGER",

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
+from typing import ClassVar
 
 from palimpsest.evaluate.asking import Query, ask, best, readable
-from palimpsest.evaluate.downstream import Answers
+from palimpsest.evaluate.scene import Scene
 from palimpsest.facts.fact import Fact, Question
 from palimpsest.facts.splits import Splits
 from palimpsest.model.handle import ModelHandle
-from palimpsest.model.site import Change
 from palimpsest.record.row import Row
 
 Premises = Mapping[tuple[str, str], bool]
@@ -21,7 +21,10 @@ Premises = Mapping[tuple[str, str], bool]
 class Consistency:
     """Agreement across paraphrases, and entailed two-hop questions."""
 
-    def prepare(self, model: ModelHandle, facts: Splits) -> Premises:
+    version: ClassVar[int] = 1
+    along: ClassVar[bool] = False
+
+    def prepare(self, model: ModelHandle, facts: Splits, seed: int) -> Premises:
         """Ask the unchanged model every second hop of the target facts' questions."""
         wanted = {
             (question.premises[name].text, question.answers[name]): question.premises[name]
@@ -34,24 +37,22 @@ class Consistency:
         replies = ask(model, queries)
         return {key: reply[key[1]].argmax for key, reply in zip(wanted, replies, strict=True)}
 
-    def measure(
-        self,
-        model: ModelHandle,
-        facts: Splits,
-        change: Change,
-        answers: Answers,
-        premises: Premises,
-    ) -> Iterator[Row]:
-        """The rows of the axis `consistency`; definitions stand in docs/metrics.md."""
-        row = partial(Row, axis="consistency", scope=change.scope, split="target")
-        for owner, fact in enumerate(facts.target):
+    def measure(self, scene: Scene, prepared: Premises) -> Iterator[Row]:
+        """The rows of the axis `consistency`; definitions stand in docs/metrics.md.
+
+        Args:
+            scene: the changed model.
+            prepared: which second hops the unchanged model answers.
+        """
+        row = partial(scene.row("consistency"), split="target")
+        for owner, fact in enumerate(scene.facts.target):
             mine = partial(row, fact_id=fact.id, relation=fact.relation)
-            said = [answers[owner][prompt.id] for prompt in fact.paraphrases]
+            said = [scene.answers[owner][prompt.id] for prompt in fact.paraphrases]
             rows = _agreement(mine, fact, [best(answer) for answer in said])
             for answer in said:
                 rows = map(partial(readable, answer), rows)
             yield from rows
-        yield from _two_hop(row, model, facts, premises)
+        yield from _two_hop(row, scene.model, scene.facts, prepared)
 
 
 def _agreement(row: partial[Row], fact: Fact, tops: list[str]) -> Iterator[Row]:

@@ -3,11 +3,12 @@
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
 from statistics import fmean, harmonic_mean
+from typing import ClassVar
 
 from palimpsest.errors import RequestError, check_at_least
 from palimpsest.evaluate.asking import (
@@ -20,6 +21,7 @@ from palimpsest.evaluate.asking import (
     readable,
     withheld,
 )
+from palimpsest.evaluate.scene import Answers, Scene, ask_targets
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.facts.splits import Splits
 from palimpsest.files import reading
@@ -31,24 +33,6 @@ from palimpsest.model.tokens import Tokens
 from palimpsest.record.row import Row
 
 _OVERFLOW = math.log(sys.float_info.max)
-
-Answers = list[dict[str, Answer]]
-"""For each target fact, by prompt id, the answers to its fit prompt, paraphrases and neighbors."""
-
-
-def ask_targets(model: ModelHandle, facts: Splits) -> Answers:
-    """Put every target fact's own prompts to the model, each feeling its own fact's change."""
-    queries = []
-    for owner, fact in enumerate(facts.target):
-        objects = candidates(fact, facts.classes[fact.relation])
-        for prompt in (fact.prompt, *fact.paraphrases):
-            queries.append(Query(prompt, objects, owner))
-        for prompt in fact.neighbors:
-            queries.append(Query(prompt, [fact.true, fact.new or ""], owner))
-    answers: Answers = [{} for _ in facts.target]
-    for query, answer in zip(queries, ask(model, queries), strict=True):
-        answers[query.owner][query.prompt.id] = answer
-    return answers
 
 
 @dataclass(frozen=True)
@@ -72,46 +56,27 @@ class Downstream:
         check_at_least("evaluate.downstream.row_tokens", self.row_tokens, 2)
         held_out(self.text)
 
-    def measure(
-        self, model: ModelHandle, facts: Splits, change: Change, answers: Answers, seed: int
-    ) -> Iterator[Row]:
-        """The rows of the axis `downstream`; definitions stand in docs/metrics.md."""
-        row = partial(Row, axis="downstream", scope=change.scope)
-        yield from _asked(row, facts, change, answers)
-        yield from _accuracy(row, model, facts, change, seed)
-        yield self._perplexity(row, model, facts, change, seed)
+    version: ClassVar[int] = 1
+    along: ClassVar[bool] = True
 
-    def along(
-        self, model: ModelHandle, facts: Splits, change: Change, step: int, seed: int
-    ) -> Iterator[Row]:
-        """The same of the first `step` facts and of the text, after so many edits.
+    def prepare(self, model: ModelHandle, facts: Splits, seed: int) -> None:
+        """Nothing: what is said is told as it is."""
 
-        Every row carries the step: how the first facts fare later on shows what is retained.
+    def measure(self, scene: Scene, prepared: None) -> Iterator[Row]:
+        """The rows of the axis `downstream`; definitions stand in docs/metrics.md.
+
+        After so many edits of a sequence only what the facts so far and the text tell: how the
+        first facts fare later on shows what is retained.
         """
-        so_far = replace(facts, target=facts.target[:step])
-        row = partial(Row, axis="downstream", scope=change.scope, step=step)
-        yield from _asked(row, so_far, change, ask_targets(model, so_far))
-        yield self._perplexity(row, model, facts, change, seed)
+        row = scene.row("downstream")
+        yield from _asked(row, scene.facts, scene.change, scene.answers)
+        if scene.step is None:
+            yield from _accuracy(row, scene)
+        yield self._perplexity(row, scene)
 
-    def worth(self, model: ModelHandle, facts: Splits, change: Change) -> float:
-        """One number in [0, 1] to choose a layer by, for methods with a new object or without.
-
-        The harmonic mean of `suppression` on unseen wordings and `neighborhood`, each a mean over
-        facts; where facts have no neighbors, suppression alone. 0 where nothing has a value.
-        """
-        row = partial(Row, axis="downstream", scope=change.scope)
-        rows = list(_asked(row, facts, change, ask_targets(model, facts)))
-        unseen = [r for r in rows if r.metric == "suppression" and r.prompt_id != "fit"]
-        gone = _mean_over_facts([r for r in unseen if r.protocol == "vocabulary"])
-        near = [r for r in rows if r.metric == "neighborhood" and r.protocol == "probability"]
-        means = [mean for mean in (gone, _mean_over_facts(near)) if mean is not None]
-        return 0.0 if gone is None or 0.0 in means else harmonic_mean(means)
-
-    def _perplexity(
-        self, row: partial[Row], model: ModelHandle, facts: Splits, change: Change, seed: int
-    ) -> Row:
+    def _perplexity(self, row: partial[Row], scene: Scene) -> Row:
         """Exp of the mean negative log-likelihood a token."""
-        scores = score(model, self._rows(model, facts, change, seed))
+        scores = score(scene.model, self._rows(scene))
         total = sum(s.tokens for s in scores)
         row = partial(row, metric="perplexity", protocol="heldout_text")
         if not total:
@@ -121,14 +86,30 @@ class Downstream:
             return row(value=None, n=0, note=f"{loss:.3g} nats a token: no finite perplexity")
         return row(value=math.exp(loss), n=total)
 
-    def _rows(self, model: ModelHandle, facts: Splits, change: Change, seed: int) -> list[Tokens]:
+    def _rows(self, scene: Scene) -> list[Tokens]:
+        model = scene.model
         start = start_ids(model)
         check_at_least("evaluate.downstream.row_tokens", self.row_tokens, len(start) + 1)
         ids = model.tokenizer(held_out(self.text), add_special_tokens=False)["input_ids"]
         fresh = self.row_tokens - len(start)
         parts = [ids[i : i + fresh] for i in range(0, len(ids), fresh)]
-        owned = dealt(parts, facts, change, seed)
+        owned = dealt(parts, scene.facts, scene.change, scene.seed)
         return [Tokens((*start, *part), len(start), None, owner) for owner, part in owned]
+
+
+def worth(model: ModelHandle, facts: Splits, change: Change) -> float:
+    """One number in [0, 1] to choose a layer by, for methods with a new object or without.
+
+    The harmonic mean of `suppression` on unseen wordings and `neighborhood`, each a mean over
+    facts; where facts have no neighbors, suppression alone. 0 where nothing has a value.
+    """
+    row = partial(Row, axis="downstream", scope=change.scope)
+    rows = list(_asked(row, facts, change, ask_targets(model, facts)))
+    unseen = [r for r in rows if r.metric == "suppression" and r.prompt_id != "fit"]
+    gone = _mean_over_facts([r for r in unseen if r.protocol == "vocabulary"])
+    near = [r for r in rows if r.metric == "neighborhood" and r.protocol == "probability"]
+    means = [mean for mean in (gone, _mean_over_facts(near)) if mean is not None]
+    return 0.0 if gone is None or 0.0 in means else harmonic_mean(means)
 
 
 def held_out(path: str | None) -> str:
@@ -218,18 +199,17 @@ def _mean_over_facts(rows: Sequence[Row]) -> float | None:
     return fmean(fmean(values) for values in by_fact.values()) if by_fact else None
 
 
-def _accuracy(
-    row: partial[Row], model: ModelHandle, facts: Splits, change: Change, seed: int
-) -> Iterator[Row]:
+def _accuracy(row: partial[Row], scene: Scene) -> Iterator[Row]:
     """Accuracy on test subjects of the relation and on other relations."""
-    test = dealt(facts.test, facts, change, seed)
+    model, facts = scene.model, scene.facts
+    test = scene.dealt(facts.test)
     queries = [Query(f.prompt, candidates(f, facts.classes[f.relation]), o) for o, f in test]
     for (_, fact), answer in zip(test, ask(model, queries), strict=True):
         one = partial(row, metric="relation_accuracy", split="test", fact_id=fact.id)
         one = partial(one, relation=fact.relation, prompt_id=fact.prompt.id)
         yield readable(answer, one(protocol="vocabulary", value=float(answer[fact.true].argmax)))
         yield readable(answer, one(protocol="candidates", value=float(best(answer) == fact.true)))
-    others = dealt(facts.others, facts, change, seed)
+    others = scene.dealt(facts.others)
     queries = [Query(fact.prompt, [fact.true], owner) for owner, fact in others]
     for (_, fact), answer in zip(others, ask(model, queries), strict=True):
         one = partial(row, metric="other_accuracy", protocol="vocabulary", split="others")

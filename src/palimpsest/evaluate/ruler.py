@@ -1,157 +1,98 @@
-"""The ruler that every method faces. It sees a model and facts, never a method."""
+"""The ruler that every method faces: an ordered mapping of measures. It never sees the method."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache, partial
-from itertools import chain
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from palimpsest.errors import RequestError
 from palimpsest.evaluate.asking import withheld
-from palimpsest.evaluate.attacks.candidates import Attacks
-from palimpsest.evaluate.attacks.compression import Compression
-from palimpsest.evaluate.attacks.inversion import Inversion
-from palimpsest.evaluate.attacks.relearning import Relearning
-from palimpsest.evaluate.consistency import Consistency, Premises
-from palimpsest.evaluate.downstream import Downstream, ask_targets
-from palimpsest.evaluate.recoverability import Recoverability, Trained
-from palimpsest.evaluate.tuned_lens import Translator, TunedLens, lens_rows
-from palimpsest.evaluate.undertext import Readers, Undertext
+from palimpsest.evaluate.measure import Measure
+from palimpsest.evaluate.scene import Scene
 from palimpsest.facts.splits import Splits
-from palimpsest.model.difference import Difference
 from palimpsest.model.forward import greedy, next_token_logprobs
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change
 from palimpsest.record.row import Row
 
+TAKEN = ("fit", "trace")
+"""Names of what makes rows and is no measure."""
 
-@dataclass(frozen=True)
-class Baseline:
-    """What the ruler learned from the unchanged model.
+Prepared = Mapping[str, Any]
+"""By measure, what it took from the unchanged model."""
 
-    Attributes:
-        trained: frozen probes and their baselines, by relation.
-        premises: which second hops the model answers.
-        lenses: translators of its states, by layer.
-        readers: probes of every layer and token group, by relation.
-    """
-
-    trained: Mapping[str, Trained]
-    premises: Premises
-    lenses: Mapping[int, Translator]
-    readers: Mapping[str, Readers]
+_MEMBERS = ("version", "along", "prepare", "measure")
 
 
 @dataclass(frozen=True)
 class Ruler:
-    """Downstream accuracy, recoverability and consistency.
+    """Measures by name, in the order in which they are taken.
 
     Attributes:
-        downstream: what the model says.
-        recoverability: what can be read off its states.
-        consistency: whether it agrees with itself.
-        attacks: what an attacker finds among so many candidates.
-        lens: how the tuned lens is trained; None for none.
-        undertext: at which tokens and layers the objects are legible.
-        relearning: whether a little training on other facts brings the old objects back.
-        compression: whether rounding or pruning the weights does.
-        inversion: whether the changed weights alone tell the objects.
+        measures: each asks one thing; none knows of the others.
     """
 
-    downstream: Downstream = field(default_factory=Downstream)
-    recoverability: Recoverability = field(default_factory=Recoverability)
-    consistency: Consistency = field(default_factory=Consistency)
-    attacks: Attacks = field(default_factory=Attacks)
-    lens: TunedLens | None = field(default_factory=TunedLens)
-    undertext: Undertext = field(default_factory=Undertext)
-    relearning: Relearning = field(default_factory=Relearning)
-    compression: Compression = field(default_factory=Compression)
-    inversion: Inversion = field(default_factory=Inversion)
+    measures: Mapping[str, Measure]
 
-    def prepare(self, model: ModelHandle, facts: Splits, seed: int) -> Baseline:
-        """Ask the unchanged model what the measurements are relative to."""
-        return Baseline(
-            self.recoverability.prepare(model, facts, seed),
-            self.consistency.prepare(model, facts),
-            {} if self.lens is None else self.lens.train(model, self.attacks.layers(model)),
-            self.undertext.prepare(model, facts),
+    def __post_init__(self) -> None:
+        """Check that every entry is a measure.
+
+        Raises:
+            RequestError: a name that is taken, or a class that lacks a member.
+        """
+        for name, measure in self.measures.items():
+            _check(name, measure)
+
+    def only(self, names: Collection[str]) -> "Ruler":
+        """The ruler of these measures alone."""
+        return Ruler({name: each for name, each in self.measures.items() if name in names})
+
+    def prepare(self, model: ModelHandle, facts: Splits, seed: int) -> dict[str, Any]:
+        """Ask the unchanged model what each measure is relative to."""
+        return {name: each.prepare(model, facts, seed) for name, each in self.measures.items()}
+
+    def measure(self, scene: Scene, prepared: Prepared) -> Iterator[Row]:
+        """The rows of all measures, in their order."""
+        for _, rows in self.sections(scene, prepared):
+            yield from rows
+
+    def sections(self, scene: Scene, prepared: Prepared) -> Iterator[tuple[str, Iterator[Row]]]:
+        """By measure its rows, computed when they are iterated.
+
+        Rows of facts that could not be changed are null with the cause; those of a change that
+        knows where the subject or the prompt ends are marked `oracle_gate`.
+        """
+        for name, measure in self.measures.items():
+            rows = measure.measure(scene, prepared[name])
+            yield name, (_marked(row, scene.change) for row in rows)
+
+    @property
+    def along(self) -> "Ruler":
+        """The measures that are taken after so many edits of a sequence too."""
+        return Ruler({name: each for name, each in self.measures.items() if each.along})
+
+
+def _check(name: str, measure: object) -> None:
+    """Refuse an entry of the ruler that is no measure, or whose name is taken."""
+    if name in TAKEN or not name.isidentifier():
+        raise RequestError(
+            f"expected a name of a measure under evaluate, found {name!r}; choose a plain name "
+            f"other than {' and '.join(TAKEN)}"
+        )
+    if not isinstance(measure, Measure):
+        lacking = [each for each in _MEMBERS if not hasattr(measure, each)]
+        raise RequestError(
+            f"expected evaluate.{name} to be a measure, found {type(measure).__name__} without "
+            f"{', '.join(lacking)}; docs/extend.md shows a whole one"
         )
 
-    def measure(
-        self,
-        model: ModelHandle,
-        facts: Splits,
-        change: Change,
-        baseline: Baseline,
-        seed: int,
-        differences: Sequence[Difference] = (),
-    ) -> Iterator[Row]:
-        """Measure the model as it stands, the change applied.
 
-        Rows of a change that knows where the subject or the prompt ends are marked `oracle_gate`.
-        """
-        sections = self.sections(model, facts, change, baseline, seed, differences)
-        return chain.from_iterable(rows for _, rows in sections)
-
-    def sections(
-        self,
-        model: ModelHandle,
-        facts: Splits,
-        change: Change,
-        baseline: Baseline,
-        seed: int,
-        differences: Sequence[Difference] = (),
-    ) -> Iterator[tuple[str, Iterator[Row]]]:
-        """The rows of `measure` by section; an iterator that is not advanced computes nothing.
-
-        Args:
-            model: with the change applied.
-            facts: that are asked about.
-            change: what may be known of it.
-            baseline: of the unchanged model.
-            seed: of owners and orders.
-            differences: what the change left in weights, which an attacker may look at.
-        """
-        answers = cache(lambda: ask_targets(model, facts))
-        premises, trained, lenses = baseline.premises, baseline.trained, baseline.lenses
-
-        def downstream() -> Iterator[Row]:
-            yield from self.downstream.measure(model, facts, change, answers(), seed)
-
-        def consistency() -> Iterator[Row]:
-            yield from self.consistency.measure(model, facts, change, answers(), premises)
-
-        def recoverability() -> Iterator[Row]:
-            yield from self.recoverability.measure(model, facts, change, trained, seed)
-
-        def attacks() -> Iterator[Row]:
-            yield from lens_rows(partial(Row, axis="recoverability", scope=change.scope), lenses)
-            yield from self.attacks.measure(model, facts, change, answers(), lenses)
-
-        def relearning() -> Iterator[Row]:
-            yield from self.relearning.measure(model, facts, change, answers(), seed)
-
-        def compression() -> Iterator[Row]:
-            yield from self.compression.measure(model, facts, change, seed, differences)
-
-        def inversion() -> Iterator[Row]:
-            yield from self.inversion.measure(model, facts, change, differences)
-
-        def undertext() -> Iterator[Row]:
-            yield from self.undertext.measure(model, facts, change, baseline.readers)
-
-        told = (downstream, consistency, recoverability, attacks, undertext)
-        for section in (*told, relearning, compression, inversion):
-            yield section.__name__, (_marked(row, change) for row in section())
-
-    def along(
-        self, model: ModelHandle, facts: Splits, change: Change, step: int, seed: int
-    ) -> Iterator[Row]:
-        """What the model says after `step` edits of a sequence, of those facts and elsewhere."""
-        rows = self.downstream.along(model, facts, change, step, seed)
-        return (_marked(row, change) for row in rows)
+def after(scene: Scene, step: int) -> Scene:
+    """The scene after `step` edits of a sequence: of the targets only those edited so far."""
+    so_far = replace(scene.facts, target=scene.facts.target[:step])
+    return Scene(scene.model, so_far, scene.change, scene.seed, step=step)
 
 
 def _marked(row: Row, change: Change) -> Row:

@@ -6,14 +6,19 @@ unchanged model, and never see a fact or a change.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from palimpsest.cache import cached_tensors
 from palimpsest.errors import check_at_least, check_number, check_seed
+from palimpsest.evaluate.attacks.candidates import aims_of, hits, last_states, read
+from palimpsest.evaluate.probing.readings import labelled
+from palimpsest.evaluate.scene import Scene
+from palimpsest.facts.splits import Splits
 from palimpsest.model.forward import capturing, logits, run_to
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.memory import within_memory
@@ -46,7 +51,7 @@ class Translator:
 
 @dataclass(frozen=True)
 class TunedLens:
-    """How translators are trained.
+    """The tuned lens as an attacker: how it is trained, and how many candidates it names.
 
     Each begins as the ridge regression of the last block's output on the layer's, and goes on by
     Adam on KL(p_final ‖ p_lens), as in section 3 of the paper; the beginning is kept where that
@@ -59,6 +64,8 @@ class TunedLens:
         lr: Adam's learning rate.
         ridge: of the regression, in multiples of the states' mean variance.
         seed: of text and batches.
+        budgets: B, candidates that an attacker who reads by the lens may name; at least one.
+        stride: every how many layers states are read.
     """
 
     tokens: int = 4096
@@ -67,6 +74,8 @@ class TunedLens:
     lr: float = 1e-4
     ridge: float = 1e-3
     seed: int = 0
+    budgets: list[int] = field(default_factory=lambda: [1, 5, 20])
+    stride: int = 3
 
     def __post_init__(self) -> None:
         """Check the numbers.
@@ -74,12 +83,48 @@ class TunedLens:
         Raises:
             RequestError: one is out of its range.
         """
-        check_at_least("evaluate.lens.tokens", self.tokens, 2 * _LENGTH)
-        check_at_least("evaluate.lens.steps", self.steps, 0)
-        check_at_least("evaluate.lens.batch", self.batch, 1)
+        check_at_least("evaluate.tuned_lens.tokens", self.tokens, 2 * _LENGTH)
+        check_at_least("evaluate.tuned_lens.steps", self.steps, 0)
+        check_at_least("evaluate.tuned_lens.batch", self.batch, 1)
         for name in ("lr", "ridge"):
-            check_number(f"evaluate.lens.{name}", getattr(self, name), above=0)
-        check_seed("evaluate.lens.seed", self.seed)
+            check_number(f"evaluate.tuned_lens.{name}", getattr(self, name), above=0)
+        check_seed("evaluate.tuned_lens.seed", self.seed)
+        for budget in self.budgets:
+            check_at_least("evaluate.tuned_lens.budgets", budget, 1)
+        check_at_least("the number of evaluate.tuned_lens.budgets", len(self.budgets), 1)
+        check_at_least("evaluate.tuned_lens.stride", self.stride, 1)
+
+    version: ClassVar[int] = 1
+    along: ClassVar[bool] = False
+
+    def layers(self, model: ModelHandle) -> list[int]:
+        """The layers that are read; the last one needs no lens."""
+        return [
+            layer for layer in range(0, model.n_layers, self.stride) if layer < model.n_layers - 1
+        ]
+
+    def prepare(self, model: ModelHandle, facts: Splits, seed: int) -> dict[int, Translator]:
+        """Translators of the unchanged model's layers, from the cache or trained."""
+        return self.train(model, self.layers(model))
+
+    def measure(self, scene: Scene, prepared: Mapping[int, Translator]) -> Iterator[Row]:
+        """Rows `lens_divergence`, `attack_success` and `attack_baseline`: docs/metrics.md."""
+        row = scene.row("recoverability")
+        yield from lens_rows(row, prepared)
+        read_out = self._read_out(partial(row, split="target"), scene, prepared)
+        yield from labelled(read_out, scene.change, scene.coinciding)
+
+    def _read_out(
+        self, row: partial[Row], scene: Scene, lenses: Mapping[int, Translator]
+    ) -> Iterator[Row]:
+        """Whether the old object is among the likeliest next tokens that the lens reads."""
+        aims, states = aims_of(scene), last_states(scene)
+        for layer, lens in lenses.items():
+            scores = read(scene.model, lens.of(states[layer]))
+            for n, fact in enumerate(scene.facts.target):
+                place = partial(row, fact_id=fact.id, relation=fact.relation, layer=layer)
+                place = partial(place, position="last_prompt", protocol="tuned_lens")
+                yield from hits(place, self.budgets, scores[n], aims[n])
 
     def train(self, model: ModelHandle, layers: Sequence[int]) -> dict[int, Translator]:
         """Translators of layers of the unchanged model, from the cache or trained.
@@ -91,7 +136,7 @@ class TunedLens:
             return {}
         key = {
             "version": 1,
-            "lens": asdict(self),
+            "lens": {name: getattr(self, name) for name in _TRAINING},
             "model": model.state,
             "prefix": model.prefix,
             "layers": wanted,
@@ -144,6 +189,9 @@ class TunedLens:
             least, kept = found, tuned
         return Translator(*kept, least, untuned)
 
+
+_TRAINING = ("tokens", "steps", "batch", "lr", "ridge", "seed")
+"""Settings that translators depend on."""
 
 _LENGTH = 64
 """Sampled tokens in a row."""

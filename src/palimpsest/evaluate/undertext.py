@@ -7,6 +7,7 @@ subject on.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from palimpsest.cache import cached_tensors
 from palimpsest.errors import check_at_least, check_number
 from palimpsest.evaluate.probing.probes import Probe, train_all
 from palimpsest.evaluate.probing.readings import NOT_FINITE
+from palimpsest.evaluate.scene import Scene
 from palimpsest.facts.fact import Fact
 from palimpsest.facts.splits import Splits
 from palimpsest.model.forward import states_at
@@ -38,7 +40,7 @@ class Undertext:
     trained anew as well. Independent edits change no probe subject.
 
     Attributes:
-        stride: every how many layers; the last always is; 0 for no map.
+        stride: every how many layers; the last always is.
         strength: inverse strength of the probes' L2 penalty.
         least: probe subjects a class that a relation needs, on average, and of a token group too.
     """
@@ -53,7 +55,7 @@ class Undertext:
         Raises:
             RequestError: one is out of its range.
         """
-        check_at_least("evaluate.undertext.stride", self.stride, 0)
+        check_at_least("evaluate.undertext.stride", self.stride, 1)
         check_at_least("evaluate.undertext.least", self.least, 1)
         check_number("evaluate.undertext.strength", self.strength, above=0)
 
@@ -63,10 +65,13 @@ class Undertext:
 
     # -- on the unchanged model -------------------------------------------------------------------
 
-    def prepare(self, model: ModelHandle, facts: Splits) -> dict[str, Readers]:
+    version: ClassVar[int] = 1
+    along: ClassVar[bool] = False
+
+    def prepare(self, model: ModelHandle, facts: Splits, seed: int) -> dict[str, Readers]:
         """Probes of each relation that has enough subjects, from the cache or trained."""
         found = {}
-        for relation in sorted({fact.relation for fact in facts.target}) if self.stride else ():
+        for relation in sorted({fact.relation for fact in facts.target}):
             sample = [fact for fact in facts.probe if fact.relation == relation]
             classes = len({fact.true for fact in sample})
             if classes >= 2 and len(sample) >= self.least * classes:
@@ -132,18 +137,15 @@ class Undertext:
 
     # -- on the changed model ---------------------------------------------------------------------
 
-    def measure(
-        self, model: ModelHandle, facts: Splits, change: Change, prepared: Mapping[str, Readers]
-    ) -> Iterator[Row]:
+    def measure(self, scene: Scene, prepared: Mapping[str, Readers]) -> Iterator[Row]:
         """Rows `legibility_old` and `legibility_new`: one a layer, token group and relation.
 
         Args:
-            model: as it stands, the change applied.
-            facts: all splits.
-            change: what the ruler may know of it.
+            scene: the changed model.
             prepared: probes of the unchanged model, by relation.
         """
-        row = partial(Row, axis="recoverability", scope=change.scope, split="target")
+        model, facts, change = scene.model, scene.facts, scene.change
+        row = partial(scene.row("recoverability"), split="target")
         for relation, frozen in prepared.items():
             owned = {n: f for n, f in enumerate(facts.target) if f.relation == relation}
             sample = [fact for fact in facts.probe if fact.relation == relation]

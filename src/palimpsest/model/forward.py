@@ -45,6 +45,17 @@ def logits(handle: ModelHandle, states: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def lens(handle: ModelHandle, states: Tensor) -> Tensor:
+    """The logit lens: what norm and head make of states `[..., d_model]` of any layer.
+
+    Returns:
+        logits `[..., vocabulary]` float32 on the CPU.
+    """
+    moved = states.to(handle.device, handle.model.dtype)
+    return logits(handle, handle.final_norm(moved)).cpu()
+
+
+@torch.no_grad()
 def run_to(handle: ModelHandle, batch: Batch, layer: int) -> None:
     """Run the blocks up to and including `layer` for what hooks take from them, and no further."""
 

@@ -21,6 +21,10 @@ Precision = Literal["float32", "bfloat16", "float16"]
 """The data types of weights, by torch's names."""
 
 
+_HOW = {"identity": False}
+"""Of settings that change no result, or that do so by way of another part that takes them."""
+
+
 @dataclass(frozen=True)
 class Pretrained:
     """Where a model comes from and how it is run. One yaml a model.
@@ -46,14 +50,14 @@ class Pretrained:
     path: str | None = None
     prefix: str = ""
     dtype: str = "float32"
-    device: str = "auto"
-    device_map: str | None = None
-    batch_size: int | None = None
-    compile: bool = False
+    device: str = field(default="auto", metadata=_HOW)
+    device_map: str | None = field(default=None, metadata=_HOW)
+    batch_size: int | None = field(default=None, metadata=_HOW)
+    compile: bool = field(default=False, metadata=_HOW)
     revision: str | None = None
     trust_remote_code: bool = False
-    depths: dict[str, dict[str, int]] = field(default_factory=dict)
-    editors: dict[str, Any] = field(default_factory=dict)
+    depths: dict[str, dict[str, int]] = field(default_factory=dict, metadata=_HOW)
+    editors: dict[str, Any] = field(default_factory=dict, metadata=_HOW)
 
     def __post_init__(self) -> None:
         """Check the choices.

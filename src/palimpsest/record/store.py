@@ -18,7 +18,7 @@ import duckdb
 import safetensors
 
 from palimpsest.errors import RequestError, WriteError
-from palimpsest.files import atomic, write_json, write_text, writing
+from palimpsest.files import atomic, fingerprint, write_json, write_text, writing
 from palimpsest.record.redact import one_line
 from palimpsest.record.row import SCHEMA_VERSION, Row
 
@@ -60,6 +60,9 @@ _RUN, _ROWS = "run.json", "rows.jsonl"
 _MADE_ANEW = ("rows.parquet", "facts.json", "intervention", "wandb", "DONE")
 _SAME = ("run_id", "versions", "code", "device")
 """What an unfinished attempt must share with a new one for its rows to be kept."""
+
+_CONTROL = ("section", "attempt")
+"""Keys of the lines of rows.jsonl that are no rows."""
 
 Key = tuple[str | int | None, ...]
 
@@ -111,32 +114,55 @@ def is_done(directory: Path) -> bool:
 def check_earlier(directory: Path) -> None:
     """Refuse a run's directory whose earlier attempt, finished or not, is not to be judged.
 
-    Of a finished one only what takes no time is looked at: that each file is there, whole, and of
-    its kind.
+    Of a finished one only what takes little time is looked at: that each file is there, whole, and
+    of its kind, and that no two rows have one key.
 
     Raises:
         RequestError: its run.json cannot be read, or is of another schema; a finished one lacks a
-            file, or has one that cannot be read.
+            file, has one that cannot be read, or says that it is not finished.
     """
     _check_record(directory)
     if is_done(directory):
+        run = _run_json(directory)
+        if run["status"] != "done":
+            raise _unreadable(directory / "run.json", f"status {run['status']!r} beside DONE")
         _check_parquet(directory / "rows.parquet")
         _facts(directory)
-        if _run_json(directory)["method"] != "trace":
+        if run["method"] != "trace":
             _check_intervention(directory / "intervention")
 
 
+def measured(run: Mapping[str, Any]) -> set[tuple[str, str]]:
+    """The measures, each with its key, that a run.json says were taken."""
+    found = run.get("measures")
+    measures = found if isinstance(found, Mapping) else {}
+    return {(name, key) for name, keys in measures.items() for key in keys}
+
+
 class RunStore:
-    """Writes one run's directory. Make one with `RunStore.open`."""
+    """Writes one run's directory. Make one with `RunStore.open` or `RunStore.further`.
+
+    One process at a time: whoever makes one holds the directory's lock.
+
+    Attributes:
+        directory: the run's own.
+        finished: the run was finished before, and is measured further.
+    """
 
     def __init__(
-        self, directory: Path, run: dict[str, Any], kept: Sequence[dict[str, Any]]
+        self,
+        directory: Path,
+        run: dict[str, Any],
+        kept: Sequence[dict[str, Any]],
+        finished: bool = False,
     ) -> None:
         """Take over a run's directory and the lines that its rows.jsonl holds already."""
         self.directory = directory
+        self.finished = finished
         self._run = run
-        self._keys = {_key(line) for line in kept if "section" not in line}
+        self._keys = {_key(line) for line in kept if not any(c in line for c in _CONTROL)}
         self._sections = {line["section"] for line in kept if "section" in line}
+        self._measured: dict[str, dict[str, Any]] = {}
 
     @classmethod
     def open(cls, directory: Path, run: Mapping[str, Any]) -> Self:
@@ -165,12 +191,32 @@ class RunStore:
         run = {**run, "schema": SCHEMA_VERSION}
         with writing(directory):
             directory.mkdir(parents=True, exist_ok=True)
-            kept = _complete_sections(directory, run)
-            write_text(directory / _ROWS, "".join(json.dumps(line) + "\n" for line in kept))
+            kept = _take_up(directory, run)
             _clear(directory)
         store = cls(directory, run, kept)
         store.update(status="running", error=None, started=_now())
         return store
+
+    @classmethod
+    def further(cls, directory: Path, attempt: Mapping[str, Any]) -> Self:
+        """Open a finished run to measure it further; until that is whole it stays as it is.
+
+        Of an interrupted earlier attempt to measure it further, by the same versions, complete
+        sections are kept.
+
+        Args:
+            directory: the run's own directory.
+            attempt: `versions`, `code` and `device` of what measures now.
+
+        Raises:
+            RequestError: the directory cannot be written, or holds no finished run.
+            WriteError: there is no room.
+        """
+        check_earlier(directory)
+        run = _run_json(directory)
+        with writing(directory):
+            kept = _take_up(directory, {**attempt, "run_id": run["run_id"]})
+        return cls(directory, run, kept, finished=True)
 
     def has(self, section: str) -> bool:
         """Whether a section's rows are all there, from this attempt or an earlier one."""
@@ -216,6 +262,10 @@ class RunStore:
         self._run |= fields
         write_json(self.directory / _RUN, self._run)
 
+    def note(self, measure: str, measure_key: str, **how: Any) -> None:
+        """Remember that a measure was taken, and how, for run.json; kept with `finish`."""
+        self._measured.setdefault(measure, {})[measure_key] = how | {"measured": _now()}
+
     def write_facts(self, facts: list[dict[str, Any]]) -> None:
         """Write facts.json: what the model said for each target fact, with its top predictions."""
         write_json(self.directory / "facts.json", facts)
@@ -226,17 +276,29 @@ class RunStore:
         return Run(dict(self._run), rows, _facts(self.directory), self.directory)
 
     def finish(self) -> None:
-        """Turn rows.jsonl into rows.parquet, set the status to `done` and write DONE last."""
+        """Turn rows.jsonl into rows.parquet, set the status to `done` and write DONE last.
+
+        Of a run that is measured further, rows of a measure taken anew replace its old ones.
+
+        Raises:
+            ValueError: two rows have one key; nothing is written.
+            WriteError: there is no room.
+        """
         source = self._source()
+        check_keys(source)
         with atomic(self.directory / "rows.parquet") as temporary, _database() as database:
             database.execute(
                 f"COPY (SELECT * FROM {source} ORDER BY {_ORDER}) TO ? "
                 "(FORMAT parquet, COMPRESSION zstd, USE_TMP_FILE false)",  # `temporary` is one
                 [str(temporary)],
             )
-        (self.directory / _ROWS).unlink(missing_ok=True)
-        self.update(status="done", finished=_now())
+        before = self._run.get("measures") or {}
+        names = dict.fromkeys((*before, *self._measured))
+        taken = {name: {**before.get(name, {}), **self._measured.get(name, {})} for name in names}
+        when = {} if self.finished else {"finished": _now()}
+        self.update(status="done", measures=taken, **when)
         write_text(self.directory / "DONE", "")
+        (self.directory / _ROWS).unlink(missing_ok=True)
 
     def fail(self, error: BaseException | str) -> None:
         """Set the status to `failed` with a one-line error. A finished run stays as it is.
@@ -248,7 +310,13 @@ class RunStore:
                 self.update(status="failed", error=one_line(error))
 
     def _source(self) -> str:
-        return _jsonl(self.directory / _ROWS)
+        """The rows so far, as SQL."""
+        new = _jsonl(self.directory / _ROWS)
+        if not self.finished:
+            return new
+        old, pair = _parquet(self.directory / "rows.parquet"), ", ".join(MEASURE)
+        kept = f"SELECT * FROM {old} WHERE ({pair}) NOT IN (SELECT ({pair}) FROM {new})"
+        return f"({kept} UNION ALL SELECT * FROM {new})"
 
 
 def load_runs(directory: Path) -> list[Run]:
@@ -288,33 +356,41 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _complete_sections(directory: Path, run: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The lines of rows.jsonl up to the last section's end, if they are of the same run.
+def _take_up(directory: Path, run: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Begin rows.jsonl with what may be kept of an earlier attempt, and give these lines."""
+    attempt = fingerprint({name: run.get(name) for name in _SAME})
+    kept = [{"attempt": attempt}, *_complete_sections(directory / _ROWS, attempt)]
+    write_text(directory / _ROWS, "".join(json.dumps(line) + "\n" for line in kept))
+    return kept
+
+
+def _complete_sections(path: Path, attempt: str) -> list[dict[str, Any]]:
+    """The lines of rows.jsonl up to the last section's end, if they are of the same attempt.
 
     A line torn by a crash, and what follows the last section, are left out. If any other line is
     not what a run writes, the file is damaged and nothing of it is kept.
     """
     try:
-        before = json.loads((directory / "run.json").read_text(encoding="utf-8"))
-        text = (directory / "rows.jsonl").read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
         whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
         lines = [_parsed(line) for line in whole]
     except (OSError, ValueError):
         return []
-    if any(before.get(name) != run.get(name) for name in _SAME):
+    if not lines or lines.pop(0) != {"attempt": attempt}:
         return []
     ends = [place for place, line in enumerate(lines) if "section" in line]
     return lines[: ends[-1] + 1] if ends else []
 
 
 def _parsed(line: str) -> dict[str, Any]:
-    """One line of rows.jsonl: a row, or the end of a section.
+    """One line of rows.jsonl: a row, the end of a section, or whose attempt it is.
 
     Raises:
         ValueError: it is neither.
     """
     found = json.loads(line)
-    if not isinstance(found, dict) or set(found) not in ({"section"}, set(COLUMNS)):
+    valid = (*({name} for name in _CONTROL), set(COLUMNS))
+    if not isinstance(found, dict) or set(found) not in valid:
         raise ValueError("neither a row nor the end of a section")
     if any(isinstance(value, list | dict) for value in found.values()):
         raise ValueError("a column that holds more than one value")
@@ -373,6 +449,23 @@ def _sql_text(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
+def check_keys(source: str) -> None:
+    """Refuse rows of which two share a key.
+
+    Args:
+        source: of the rows, as SQL.
+
+    Raises:
+        ValueError: names one such key.
+    """
+    key = ", ".join(KEY)
+    query = f"SELECT {key} FROM {source} GROUP BY {key} HAVING count(*) > 1 LIMIT 1"
+    with _database() as database:
+        found = database.execute(query).fetchone()
+    if found is not None:
+        raise ValueError(f"two rows with the same key: {_describe(found)}")
+
+
 def _jsonl(path: Path) -> str:
     columns = ", ".join(f"{name}: '{kind}'" for name, kind in COLUMNS.items())
     name = _sql_text(glob.escape(str(path)))
@@ -423,12 +516,13 @@ def _check_schema(run: Mapping[str, Any], path: Path) -> None:
 
 
 def _check_parquet(path: Path) -> None:
-    """Refuse what is no parquet file with the columns of rows, by its last bytes alone."""
+    """Refuse what is no parquet file with the columns of rows, or has two rows of one key."""
     query = f"SELECT {', '.join(COLUMNS)} FROM {_parquet(path)} LIMIT 0"
     try:
         with _database() as database:
             database.execute(query)
-    except duckdb.Error as error:
+        check_keys(_parquet(path))
+    except (duckdb.Error, ValueError) as error:
         raise _unreadable(path, error) from error
 
 

@@ -11,21 +11,20 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from math import exp, isfinite
 from statistics import fmean
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from palimpsest.errors import check_at_least
 from palimpsest.evaluate.asking import Answer, Query, ask, candidates
-from palimpsest.evaluate.downstream import Answers
 from palimpsest.evaluate.probing.readings import NOT_FINITE, labelled
-from palimpsest.evaluate.tuned_lens import Translator
+from palimpsest.evaluate.scene import Scene
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.facts.splits import Splits
-from palimpsest.model.forward import features, logits
+from palimpsest.model.forward import lens
 from palimpsest.model.handle import ModelHandle
-from palimpsest.model.site import Change, Site
-from palimpsest.model.tokens import Tokens
+from palimpsest.model.site import Site
 from palimpsest.record.row import Row
 
 NO_THIRD = "the relation has no third object"
@@ -38,7 +37,7 @@ class Attacks:
     """Read-outs of states, and prompts that the change was not made for.
 
     Attributes:
-        budgets: B, candidates that an attacker may name.
+        budgets: B, candidates that an attacker may name; at least one.
         stride: every how many layers states are read out; the last layer always is.
         shots: known facts of the relation, with their objects, before a few-shot prompt.
     """
@@ -55,6 +54,7 @@ class Attacks:
         """
         for budget in self.budgets:
             check_at_least("evaluate.attacks.budgets", budget, 1)
+        check_at_least("the number of evaluate.attacks.budgets", len(self.budgets), 1)
         check_at_least("evaluate.attacks.stride", self.stride, 1)
         check_at_least("evaluate.attacks.shots", self.shots, 1)
 
@@ -62,86 +62,43 @@ class Attacks:
         """The layers that are told of."""
         return sorted({*range(0, model.n_layers, self.stride), model.n_layers - 1})
 
-    def measure(
-        self,
-        model: ModelHandle,
-        facts: Splits,
-        change: Change,
-        answers: Answers,
-        lenses: Mapping[int, Translator],
-    ) -> Iterator[Row]:
-        """Rows `attack_success` and `attack_baseline`; definitions stand in docs/metrics.md.
+    version: ClassVar[int] = 1
+    along: ClassVar[bool] = False
 
-        Args:
-            model: as it stands, the change applied.
-            facts: all splits.
-            change: what the ruler may know of it.
-            answers: to the target facts' prompts.
-            lenses: translators of the unchanged model, by layer.
-        """
-        if not self.budgets:
-            return
-        row = partial(Row, axis="recoverability", scope=change.scope, split="target")
-        rows = [model.encode(fact.prompt, owner=i) for i, fact in enumerate(facts.target)]
-        coinciding = {
-            fact.id
-            for fact, tokens in zip(facts.target, rows, strict=True)
-            if tokens.at("last_subject") == tokens.at("last_prompt")
-        }
-        read = self._read_out(row, model, facts, rows, lenses)
-        yield from labelled(read, change, coinciding)
+    def prepare(self, model: ModelHandle, facts: Splits, seed: int) -> None:
+        """Nothing: each attack is set beside itself on unrelated objects."""
+
+    def measure(self, scene: Scene, prepared: None) -> Iterator[Row]:
+        """Rows `attack_success` and `attack_baseline`; definitions stand in docs/metrics.md."""
+        model, facts = scene.model, scene.facts
+        row = partial(scene.row("recoverability"), split="target")
+        yield from labelled(self._read_out(row, scene), scene.change, scene.coinciding)
         for owner, fact in enumerate(facts.target):
-            said = [answers[owner][prompt.id] for prompt in fact.paraphrases]
+            said = [scene.answers[owner][prompt.id] for prompt in fact.paraphrases]
             yield from self._asked(partial(_of(row, fact), protocol="rephrasing"), fact, said)
         yield from self._few_shot(row, model, facts)
         yield from self._in_context(row, model, facts)
 
     # -- states -----------------------------------------------------------------------------------
 
-    def _read_out(
-        self,
-        row: partial[Row],
-        model: ModelHandle,
-        facts: Splits,
-        rows: Sequence[Tokens],
-        lenses: Mapping[int, Translator],
-    ) -> Iterator[Row]:
-        """The logit lens, what each block adds to its probabilities, and the tuned lens."""
-        sites = [Site(layer) for layer in range(model.n_layers)]
-        states = features(model, rows, sites, ["last_prompt"])[:, 0]
-        aims = [_Aims.of(model, fact, facts.classes[fact.relation]) for fact in facts.target]
+    def _read_out(self, row: partial[Row], scene: Scene) -> Iterator[Row]:
+        """The logit lens, and what each block adds to its probabilities."""
+        aims = aims_of(scene)
         before: Tensor | None = None
-        for layer, found in enumerate(states):
-            now = _read(model, found)
+        for layer, found in enumerate(last_states(scene)):
+            now = read(scene.model, found)
             shown = {"logit_lens": now}
             if before is not None:
                 shown["probability_delta"] = now - before
             before = now
-            if layer not in self.layers(model):
+            if layer not in self.layers(scene.model):
                 continue
-            if layer in lenses:
-                shown["tuned_lens"] = _read(model, lenses[layer].of(found))
-            for n, fact in enumerate(facts.target):
+            for n, fact in enumerate(scene.facts.target):
                 place = partial(_of(row, fact), layer=layer, position="last_prompt")
                 for protocol, scores in shown.items():
                     named = partial(place, protocol=protocol)
-                    yield from self._hits(
-                        named, scores[n], aims[n], protocol == "probability_delta"
-                    )
-
-    def _hits(
-        self, row: partial[Row], scores: Tensor, aims: "_Aims", both_ends: bool
-    ) -> Iterator[Row]:
-        """Whether the aims are among the B largest scores, or at both ends half of them each."""
-        cause = aims.cause or (None if bool(scores.isfinite().all()) else NOT_FINITE)
-        tokens = [aims.old, *aims.unrelated]
-        above = (scores[None, :] > scores[tokens][:, None]).sum(1)
-        below = (scores[None, :] < scores[tokens][:, None]).sum(1)
-        for budget in self.budgets:
-            top = (budget + 1) // 2 if both_ends else budget
-            bottom = budget // 2 if both_ends else 0
-            hits = ((above < top) | (below < bottom)).double().tolist()
-            yield from _pair(row, budget, hits[0], hits[1:], cause)
+                    both_ends = protocol == "probability_delta"
+                    yield from hits(named, self.budgets, scores[n], aims[n], both_ends)
 
     # -- prompts ----------------------------------------------------------------------------------
 
@@ -205,8 +162,43 @@ class Attacks:
                     yield from _pair(place, budget, 0.0, [], cause)
 
 
+def last_states(scene: Scene) -> Tensor:
+    """States `[layers, targets, d_model]` after every block, at the last token of fit prompts."""
+    sites = [Site(layer) for layer in range(scene.model.n_layers)]
+    return scene.features(scene.prompts, sites, ["last_prompt"])[:, 0]
+
+
+def hits(
+    row: partial[Row], budgets: Sequence[int], scores: Tensor, aims: "Aims", both_ends: bool = False
+) -> Iterator[Row]:
+    """Whether the aims are among the B largest scores, or at both ends half of them each.
+
+    Args:
+        row: of everything but the budget and the value.
+        budgets: B, one after the other.
+        scores: `[vocabulary]`.
+        aims: the tokens looked for.
+        both_ends: look among the largest and among the smallest scores.
+    """
+    cause = aims.cause or (None if bool(scores.isfinite().all()) else NOT_FINITE)
+    tokens = [aims.old, *aims.unrelated]
+    above = (scores[None, :] > scores[tokens][:, None]).sum(1)
+    below = (scores[None, :] < scores[tokens][:, None]).sum(1)
+    for budget in budgets:
+        top = (budget + 1) // 2 if both_ends else budget
+        bottom = budget // 2 if both_ends else 0
+        found = ((above < top) | (below < bottom)).double().tolist()
+        yield from _pair(row, budget, found[0], found[1:], cause)
+
+
+def aims_of(scene: Scene) -> "list[Aims]":
+    """What is looked for, by target fact."""
+    facts = scene.facts
+    return [Aims.of(scene.model, f, facts.classes[f.relation]) for f in facts.target]
+
+
 @dataclass(frozen=True)
-class _Aims:
+class Aims:
     """First tokens that an attacker looks for.
 
     Attributes:
@@ -220,7 +212,8 @@ class _Aims:
     cause: str | None
 
     @classmethod
-    def of(cls, model: ModelHandle, fact: Fact, classes: Sequence[str]) -> "_Aims":
+    def of(cls, model: ModelHandle, fact: Fact, classes: Sequence[str]) -> "Aims":
+        """Those of one fact; `classes` are the relation's objects."""
         names = candidates(fact, classes)
         rows = {name: model.encode(fact.prompt, name) for name in names}
         first = {name: row.ids[row.prompt] for name, row in rows.items()}
@@ -229,11 +222,9 @@ class _Aims:
         return cls(old, rest, SAME_TOKEN if old == new else None)
 
 
-@torch.no_grad()
-def _read(model: ModelHandle, states: Tensor) -> Tensor:
-    """Probabilities `[n, vocabulary]` that norm and head make of states `[n, d_model]`."""
-    moved = states.to(model.device, model.model.dtype)
-    return torch.softmax(logits(model, model.final_norm(moved)), -1).cpu()
+def read(model: ModelHandle, states: Tensor) -> Tensor:
+    """Probabilities `[n, vocabulary]` by the logit lens of states `[n, d_model]`."""
+    return torch.softmax(lens(model, states), -1)
 
 
 def _of(row: partial[Row], fact: Fact) -> partial[Row]:

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from palimpsest.errors import RequestError, check_at_least
-from palimpsest.evaluate.asking import Answer, Query, ask, dealt, readable
+from palimpsest.evaluate.asking import Answer, Query, ask, readable
 from palimpsest.evaluate.attacks.returning import (
     INDEPENDENT,
     ask_unseen,
@@ -24,13 +25,12 @@ from palimpsest.evaluate.attacks.returning import (
     undefined,
     unseen,
 )
-from palimpsest.evaluate.downstream import Answers
+from palimpsest.evaluate.scene import Answers, Scene
 from palimpsest.facts.fact import Fact
 from palimpsest.facts.splits import Splits
 from palimpsest.model.borrowing import borrowed
 from palimpsest.model.difference import Difference
 from palimpsest.model.handle import ModelHandle
-from palimpsest.model.site import Change
 from palimpsest.model.tokens import NOBODY
 from palimpsest.record.row import Row
 
@@ -75,28 +75,22 @@ class Compression:
                     )
         check_at_least("evaluate.compression.group", self.group, 1)
 
-    def measure(
-        self,
-        model: ModelHandle,
-        facts: Splits,
-        change: Change,
-        seed: int,
-        differences: Sequence[Difference] = (),
-    ) -> Iterator[Row]:
+    version: ClassVar[int] = 1
+    along: ClassVar[bool] = False
+
+    def prepare(self, model: ModelHandle, facts: Splits, seed: int) -> None:
+        """Nothing: what comes back is told as it is."""
+
+    def measure(self, scene: Scene, prepared: None) -> Iterator[Row]:
         """Rows `compressed_old` and `compressed_other`; definitions stand in docs/metrics.md.
 
         The model is as it was, bit for bit, before the first row of each way to compress is given.
-
-        Args:
-            model: with the change applied.
-            facts: that are asked about.
-            change: of the model.
-            seed: of whose change the other facts feel.
-            differences: W' − W; of independent edits nothing is measured without.
+        Of independent edits nothing is measured without their differences of weights.
         """
-        others = dealt(facts.others, facts, change, seed)
-        row = partial(Row, axis="recoverability", scope=change.scope)
-        own = [each for each in differences if each.independent]
+        model, facts, change = scene.model, scene.facts, scene.change
+        others = scene.dealt(facts.others)
+        row = scene.row("recoverability")
+        own = [each for each in scene.differences if each.independent]
         if change.independent and not own:
             for protocol in self._ways():
                 rows = _told(partial(row, protocol=protocol), facts, others, _silence(facts), [])

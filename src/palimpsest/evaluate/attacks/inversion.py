@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,13 +19,14 @@ from palimpsest.errors import check_at_least, check_number
 from palimpsest.evaluate.asking import NOT_FINITE, candidates
 from palimpsest.evaluate.attacks.candidates import NO_THIRD, SAME_TOKEN
 from palimpsest.evaluate.attacks.returning import check_distinct
+from palimpsest.evaluate.scene import Scene
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.facts.splits import Splits
 from palimpsest.model.difference import Difference, merged
 from palimpsest.model.forward import capturing, forward, logits, run_to
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.memory import within_memory
-from palimpsest.model.site import Change, Site
+from palimpsest.model.site import Site
 from palimpsest.model.tokens import Tokens, collate
 from palimpsest.record.row import Row
 
@@ -41,7 +43,7 @@ class Inversion:
     for one change of all.
 
     Attributes:
-        budgets: B, candidates that an attacker may name; none for no attack.
+        budgets: B, candidates that an attacker may name; at least one.
         prompt: a text that holds neither subject nor relation.
         scale: length of what is added to the stream, in typical lengths of what W_out writes;
             chosen among 1, 3, 10 and 30 on sixteen dev facts of SmolLM2 (ROME at layer 5).
@@ -60,28 +62,21 @@ class Inversion:
         for budget in self.budgets:
             check_at_least("evaluate.inversion.budgets", budget, 1)
         check_distinct("evaluate.inversion.budgets", self.budgets)
+        check_at_least("the number of evaluate.inversion.budgets", len(self.budgets), 1)
         check_number("evaluate.inversion.scale", self.scale, above=0)
 
-    def measure(
-        self,
-        model: ModelHandle,
-        facts: Splits,
-        change: Change,
-        differences: Sequence[Difference],
-    ) -> Iterator[Row]:
-        """Rows `inversion_success`, `inversion_baseline` and `inversion_rank`: docs/metrics.md.
+    version: ClassVar[int] = 1
+    along: ClassVar[bool] = False
 
-        Args:
-            model: with the change applied.
-            facts: whose objects are sought.
-            change: of the model.
-            differences: W' − W; none if no W_out was changed.
-        """
-        if not self.budgets:
-            return
-        row = partial(Row, axis="recoverability", scope=change.scope, split="target")
+    def prepare(self, model: ModelHandle, facts: Splits, seed: int) -> None:
+        """Nothing: ΔW comes with the scene."""
+
+    def measure(self, scene: Scene, prepared: None) -> Iterator[Row]:
+        """Rows `inversion_success`, `inversion_baseline` and `inversion_rank`: docs/metrics.md."""
+        model, facts, change = scene.model, scene.facts, scene.change
+        row = partial(scene.row("recoverability"), split="target")
         aims = _aims(model, facts, change.independent)
-        found = merged(differences)
+        found = merged(scene.differences)
         layer, spans = _spans(model, found, 1 if change.independent else len(facts.target))
         read = {
             "weights_lens": [_lens(model, span) if len(span) else None for span in spans],

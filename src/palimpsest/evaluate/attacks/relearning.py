@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle, islice
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from palimpsest.errors import check_at_least, check_number
-from palimpsest.evaluate.asking import Answer, Query, ask, candidates, dealt
+from palimpsest.evaluate.asking import Answer, Query, ask, candidates
 from palimpsest.evaluate.attacks.returning import (
     INDEPENDENT,
     ask_unseen,
@@ -21,14 +22,13 @@ from palimpsest.evaluate.attacks.returning import (
     old_wins,
     undefined,
 )
-from palimpsest.evaluate.downstream import Answers
+from palimpsest.evaluate.scene import Answers, Scene
 from palimpsest.facts.fact import Fact
 from palimpsest.facts.splits import Splits, order
 from palimpsest.model.borrowing import borrowed, trainable
 from palimpsest.model.forward import forward, logits
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.memory import within_memory
-from palimpsest.model.site import Change
 from palimpsest.model.tokens import Tokens, batches, collate
 from palimpsest.record.row import Row
 
@@ -50,7 +50,7 @@ class Relearning:
     in bfloat16, steps of this size would be lost.
 
     Attributes:
-        steps: after how many steps the facts are asked about; none for no training.
+        steps: after how many steps the facts are asked about; at least one.
         batch: facts a step.
         lr: AdamW's learning rate; no weight decay.
         blocks: how many of the last blocks are trained; None for all. Few cost less, and are a
@@ -71,33 +71,37 @@ class Relearning:
         for step in self.steps:
             check_at_least("evaluate.relearning.steps", step, 0)
         check_distinct("evaluate.relearning.steps", self.steps)
+        check_at_least("the number of evaluate.relearning.steps", len(self.steps), 1)
         check_at_least("evaluate.relearning.batch", self.batch, 1)
         check_number("evaluate.relearning.lr", self.lr, above=0)
         if self.blocks is not None:
             check_at_least("evaluate.relearning.blocks", self.blocks, 1)
 
-    def measure(
-        self, model: ModelHandle, facts: Splits, change: Change, answers: Answers, seed: int
-    ) -> Iterator[Row]:
+    version: ClassVar[int] = 1
+    along: ClassVar[bool] = False
+
+    def prepare(self, model: ModelHandle, facts: Splits, seed: int) -> None:
+        """Nothing: what comes back is told as it is."""
+
+    def measure(self, scene: Scene, prepared: None) -> Iterator[Row]:
         """Rows `relearned_old` and `relearned_test`; definitions stand in docs/metrics.md.
 
         The model is as it was, bit for bit, before the first row is given.
         """
-        if not self.steps:
-            return
-        weights, lessons = self._weights(model), _lessons(model, facts, seed)
-        test = dealt(facts.test, facts, change, seed)
+        model, facts, change = scene.model, scene.facts, scene.change
+        weights, lessons = self._weights(model), _lessons(model, facts, scene.seed)
+        test = scene.dealt(facts.test)
         cause = None if lessons else NO_LESSONS
         cause = OFFLOADED if any(weight.is_meta for weight in weights) else cause
         cause = INDEPENDENT if change.independent else cause
 
         def said(step: int) -> Said:
-            asked = ask_unseen(model, facts, fitted=True) if step else answers
+            asked = ask_unseen(model, facts, fitted=True) if step else scene.answers
             return asked, _ask_test(model, facts, test)
 
         course = {} if cause else _course(model, self, weights, lessons, said)
         nothing: Said = [{} for _ in facts.target], [[] for _ in test]
-        row = partial(Row, axis="recoverability", scope=change.scope)
+        row = scene.row("recoverability")
         for step in sorted(self.steps):
             rows = _told(partial(row, step=step), facts, test, course.get(step, nothing))
             yield from (undefined(each, cause) for each in rows)

@@ -1,4 +1,4 @@
-"""Whether the old object is back: what attacks on a changed model's weights have in common."""
+"""Helpers shared by attacks on weights: does the original object win again?"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,7 +7,7 @@ from statistics import fmean
 
 from palimpsest.errors import RequestError
 from palimpsest.evaluate.asking import Answer, Query, ask, best, candidates, readable
-from palimpsest.evaluate.downstream import Answers
+from palimpsest.evaluate.scene import Answers
 from palimpsest.facts.fact import Fact
 from palimpsest.facts.splits import Splits
 from palimpsest.model.handle import ModelHandle

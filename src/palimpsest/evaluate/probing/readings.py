@@ -155,8 +155,6 @@ def undefined(row: partial[Row], kit: Kit, cause: str) -> Iterator[Row]:
             yield told(metric="probe_accuracy", split="test")
             yield told(metric="probe_selectivity", split="test")
             yield told(metric="probe_capacity", split="probe")
-        for metric in ("mdl_bits", "mdl_compression"):
-            yield place(metric=metric, protocol="online_code", split="probe")
 
 
 def _valued(place: partial[Row], value: float, n: int, cause: str) -> Row:
@@ -177,8 +175,7 @@ def _share(probe: Probe, states: Tensor, labels: Sequence[str]) -> float:
 def baselines(
     row: partial[Row], kit: Kit, facts: Sequence[Fact], states: Mapping[Where, Tensor]
 ) -> Iterator[Row]:
-    """`probe_baseline`: what a guess and probes with permuted labels achieve on facts."""
-    yield baseline(partial(row, protocol="majority"), facts, [kit.majority] * len(facts))
+    """`probe_baseline`: what probes with permuted labels achieve on facts."""
     for where, found in states.items():
         for kind, probe in kit.readers[where].controls.items():
             place = partial(at(row, where), protocol="shuffled" + KINDS[kind])

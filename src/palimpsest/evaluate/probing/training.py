@@ -27,12 +27,10 @@ class Recipe:
 
     Attributes:
         strengths: of the linear probes' penalty, inverse; one of them is chosen.
-        hidden: units of the MLP's layer; 0 for no MLP.
-        seed: of permuted labels, of the MLP and of the order of the online code.
+        seed: of permuted labels and of the order of the online code.
     """
 
     strengths: Sequence[float]
-    hidden: int
     seed: int
 
 
@@ -41,10 +39,10 @@ class Reader:
     """What was trained at one place.
 
     Attributes:
-        probes: by kind; `mlp` is missing where it is switched off.
+        probes: by kind.
         controls: the same, trained on permuted labels.
         capacity: by kind, the control's accuracy on what it was trained on.
-        bits: the length of the online code of the labels; NaN if states are not finite.
+        bits: the length of the online code of the labels; NaN for MLPs, and of states not finite.
     """
 
     probes: Mapping[str, Probe]
@@ -62,12 +60,15 @@ class Kit:
         labels: the objects of the sample.
         strength: C of the linear probes.
         chosen_on: dev facts that it was chosen on; 0 if it was not.
+        embedding: a linear probe on the mean of the subject's input embeddings alone; None if there
+            is none.
     """
 
     readers: Mapping[Where, Reader]
     labels: Sequence[str]
     strength: float
     chosen_on: int
+    embedding: Probe | None = None
 
     def over(self, below: "Kit") -> "Kit":
         """With the other kit's readers where this one has none."""
@@ -88,7 +89,7 @@ class Kit:
                 found[f"{name}/{kind}/capacity"] = torch.tensor(value, dtype=torch.float64)
                 found |= _packed(f"{name}/{kind}", reader.probes[kind])
                 found |= _packed(f"{name}/{kind}/control", reader.controls[kind])
-        return found
+        return found | ({} if self.embedding is None else _packed("embedding", self.embedding))
 
     @classmethod
     def restored(
@@ -108,7 +109,8 @@ class Kit:
 
         strength, chosen_on = tensors["strength"].tolist()
         readers = {(at, where): reader(f"{at}/{where}") for at, where in places}
-        return cls(readers, labels, strength, int(chosen_on))
+        names = _unpacked("embedding", tensors, classes) if "embedding/weight" in tensors else None
+        return cls(readers, labels, strength, int(chosen_on), names)
 
 
 def _packed(name: str, probe: Probe) -> dict[str, Tensor]:
@@ -151,24 +153,48 @@ def train_kit(
         wanted = [truth[n] for n in judges]
         strength = choose(reduced, labels, recipe.strengths, held, wanted)
     permuted = shuffled(labels, recipe.seed)
-    trained = {"linear": [fit(reduced, each, strength) for each in (labels, permuted)]}
-    fitted = zip(trained["linear"][1], stacked, strict=True)
-    capacity = {"linear": [_accuracy(probe, found, permuted) for probe, found in fitted]}
-    if recipe.hidden:
-        both = [labels, permuted]
-        trained["mlp"], accuracy = train_mlps(reduced, both, recipe.hidden, recipe.seed)
-        capacity["mlp"] = accuracy[1].masked_fill(~reduced.finite, torch.nan).tolist()
+    probes, controls = (fit(reduced, each, strength) for each in (labels, permuted))
+    fitted = zip(controls, stacked, strict=True)
+    capacity = [_accuracy(probe, found, permuted) for probe, found in fitted]
     bits = online_code(reduced, labels, strength, recipe.seed).tolist()
-    readers = {
-        where: Reader(
-            {kind: found[0][n] for kind, found in trained.items()},
-            {kind: found[1][n] for kind, found in trained.items()},
-            {kind: values[n] for kind, values in capacity.items()},
-            bits[n],
-        )
-        for n, where in enumerate(states)
-    }
+    readers = _readers("linear", list(states), probes, controls, capacity, bits)
     return Kit(readers, labels, strength, chosen_on)
+
+
+def train_mlp_kit(
+    states: Mapping[Where, Tensor], labels: Sequence[str], hidden: int, seed: int
+) -> Kit:
+    """Train an MLP probe and its control at every place.
+
+    Args:
+        states: `[n, d_model]` by place, of the same subjects everywhere.
+        labels: their objects; at least two different ones.
+        hidden: units of the hidden layer.
+        seed: of permuted labels and of the weights.
+    """
+    reduced = Reduced.of(torch.stack(list(states.values())))
+    (probes, controls), accuracy = train_mlps(
+        reduced, [labels, shuffled(labels, seed)], hidden, seed
+    )
+    capacity = accuracy[1].masked_fill(~reduced.finite, torch.nan).tolist()
+    nothing = [torch.nan] * len(states)
+    return Kit(_readers("mlp", list(states), probes, controls, capacity, nothing), labels, 0.0, 0)
+
+
+def _readers(
+    kind: str,
+    places: Sequence[Where],
+    probes: Sequence[Probe],
+    controls: Sequence[Probe],
+    capacity: Sequence[float],
+    bits: Sequence[float],
+) -> dict[Where, Reader]:
+    """What was trained at each place, all of one kind."""
+    trained = zip(places, probes, controls, capacity, bits, strict=True)
+    return {
+        where: Reader({kind: probe}, {kind: control}, {kind: share}, length)
+        for where, probe, control, share, length in trained
+    }
 
 
 def _accuracy(probe: Probe, states: Tensor, labels: Sequence[str]) -> float:
