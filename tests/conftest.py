@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
+from palimpsest.locks import held
 from palimpsest.model.fetch import fetch
 
 
@@ -12,5 +12,5 @@ from palimpsest.model.fetch import fetch
 def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 as a model directory, from the user's own cache; converted once, by one worker."""
     lock = tmp_path_factory.getbasetemp().parent / "palimpsest-smollm2.lock"
-    with FileLock(lock):
+    with held(lock):
         return fetch("smollm2")

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from palimpsest.cli import main
+from palimpsest.locks import held
 from palimpsest.record.store import Run, load_runs
 
 RELATIONS = {
@@ -143,7 +143,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
         shared = shared.parent
     home = shared / "tiny"
     made = Tiny(home / "model", home / "ignorant", home / "counterfact.json")
-    with FileLock(shared / "tiny.lock"):
+    with held(shared / "tiny.lock"):
         if not made.model.exists():
             _make(made)
     return made
