@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from palimpsest.evaluate.ruler import Ruler, portraits
+from palimpsest.evaluate.downstream import worth
+from palimpsest.evaluate.ruler import Ruler
 from palimpsest.facts.dataset import DataSet
 from palimpsest.facts.fact import FactSet
 from palimpsest.facts.splits import Splits, on_dev
-from palimpsest.intervene.controls import NoChange
-from palimpsest.intervene.intervention import Method
+from palimpsest.intervene.changes.kinds import KINDS
+from palimpsest.intervene.intervention import Intervention, Method, load
 from palimpsest.locate.fixed import Fixed
 from palimpsest.locate.locator import Evidence, Located, Locator
 from palimpsest.model.handle import ModelHandle
@@ -20,7 +22,16 @@ from palimpsest.record import provenance
 from palimpsest.record.provenance import Phase
 from palimpsest.record.recording import Recording
 from palimpsest.record.store import RunStore
-from palimpsest.results import Ground, asked, described, recorded
+from palimpsest.results import (
+    Ground,
+    Task,
+    asked,
+    described,
+    finished,
+    keys_of,
+    measure_into,
+    recorded,
+)
 
 
 @dataclass(frozen=True)
@@ -51,26 +62,47 @@ class Experiment:
     config: dict[str, Any]
     command: str
 
+    @cached_property
+    def request(self) -> str:
+        """What is asked for, ruler and record left out; known before a model is loaded."""
+        parts: dict[str, Any] = {"model": self.model, "facts": self.facts, "method": self.method}
+        place = self.locate.asked(self.method.place) if self.method.sited else None
+        return provenance.request(parts | {"locate": place, "seed": self.seed})
+
+    @cached_property
+    def keys(self) -> dict[str, str]:
+        """The key of each measure that the run is to have."""
+        return keys_of(self.ruler)
+
     def located(self, model: ModelHandle, splits: Callable[[], Splits]) -> Located:
         """Where the method changes the model; one that changes several layers has its own table."""
         evidence = Evidence(
             seed=self.seed,
-            lowest=getattr(self.method, "lowest", 0),
+            lowest=self.method.lowest,
             dev=lambda: splits().dev,
             trial=lambda site: self.trial(model, on_dev(splits(), self.facts, self.seed), site),
         )
-        place = getattr(self.method, "place", None)
-        return self.locate.locate(model, self.method.part, place, evidence)
+        return self.locate.locate(model, self.method.part, self.method.place, evidence)
 
     def trial(self, model: ModelHandle, facts: Splits, site: Site) -> float:
         """How well the method does on the dev facts at a site."""
         intervention = self.method.fit(model, facts, site)
         with intervention.applied(model):
-            return self.ruler.downstream.worth(model, facts, intervention.change)
+            return worth(model, facts, intervention.change)
 
 
-def run(experiment: Experiment, phase: Phase) -> tuple[Path, bool]:
+def run(
+    experiment: Experiment, phase: Phase, told: Callable[[str], None] = print
+) -> tuple[Path, bool]:
     """Fit one method on the target facts, apply it, measure it, record it.
+
+    What was done before is not done again: a finished run costs no model, and one that lacks some
+    of the measures is measured further from its saved intervention.
+
+    Args:
+        experiment: what is asked for.
+        phase: shows what is being done.
+        told: tells the user in a line that another process works on this run.
 
     Returns:
         the run's directory, and whether it was done before and is left as it was.
@@ -78,48 +110,46 @@ def run(experiment: Experiment, phase: Phase) -> tuple[Path, bool]:
     Raises:
         RequestError: the request was wrong.
     """
+    found = finished(experiment.recording, experiment.request, experiment.keys)
+    if found is not None:
+        return found, True
     ground = Ground.of(experiment.model, experiment.facts, experiment.seed, phase)
-    model, timed = ground.model, ground.phase
-    with timed("locate"):
-        located = experiment.located(model, ground.split)
-    record = _record(experiment, model, ground.facts, located)
+    with ground.phase("locate"):
+        located = experiment.located(ground.model, ground.split)
 
-    def work(store: RunStore) -> None:
-        _work(experiment, model, ground.split(), located.site, store, timed)
+    def work(store: RunStore, missing: set[str]) -> None:
+        _work(experiment, ground, located.site, store, experiment.ruler.only(missing))
 
-    return recorded(experiment.recording, record, model, ground.split, ground.watch, work)
+    record = _record(experiment, ground.model, ground.facts, located)
+    task = Task(record, experiment.keys, ground, ground.split, work)
+    return recorded(experiment.recording, task, told)
 
 
 def _work(
-    experiment: Experiment,
-    model: ModelHandle,
-    facts: Splits,
-    site: Site,
-    store: RunStore,
-    phase: Phase,
+    experiment: Experiment, ground: Ground, site: Site, store: RunStore, ruler: Ruler
 ) -> None:
     """The method section: ask the unchanged model, fit, change, measure."""
-    ruler, seed = experiment.ruler, experiment.seed
-    with phase("prepare"):
-        baseline = ruler.prepare(model, facts, seed)
-    with phase("fit"):
-        intervention = experiment.method.fit(model, facts, site)
-        intervention.save(store.directory / "intervention")
-        sections = [("fit", iter(intervention.diagnostics))]
-    change = intervention.change
-    with phase("measure"):
-        for step in intervention.checkpoints:
-            name = f"step/{step}"
-            if not store.has(name):
-                with intervention.at(step).applied(model):
-                    store.append(ruler.along(model, facts, change, step, seed), section=name)
-        with intervention.applied(model):
-            written = intervention.differences()
-            sections += ruler.sections(model, facts, change, baseline, seed, written)
-            for name, rows in sections:
-                if not store.has(name):
-                    store.append(rows, section=name)
-            store.write_facts(portraits(model, facts))
+    model, facts = ground.model, ground.split()
+    with ground.phase("prepare"):
+        prepared = ruler.prepare(model, facts, experiment.seed)
+    with ground.phase("fit"):
+        intervention = _fitted(experiment.method, model, facts, site, store)
+    with ground.phase("measure"):
+        measure_into(store, ruler, intervention, ground, prepared)
+
+
+def _fitted(
+    method: Method, model: ModelHandle, facts: Splits, site: Site, store: RunStore
+) -> Intervention:
+    """The intervention of the run: fitted and saved, or read back from a finished run."""
+    place = store.directory / "intervention"
+    if store.finished:
+        return load(place, KINDS)
+    intervention = method.fit(model, facts, site)
+    intervention.save(place)
+    if not store.has("fit"):
+        store.append(intervention.diagnostics, section="fit")
+    return intervention
 
 
 def _record(
@@ -133,14 +163,13 @@ def _record(
         return provenance.identity(
             {
                 **asked(model, facts, experiment.facts, experiment.seed),
-                "site": None if isinstance(method, NoChange) else [site.layer, site.part],
+                "site": [site.layer, site.part] if method.sited else None,
                 "method": provenance.describe(method),
-                "ruler": provenance.describe(experiment.ruler),
-                **chosen,
+                **(chosen if method.sited else {}),
             }
         )
 
-    imitated = getattr(experiment.method, "imitates", None)
+    imitated = experiment.method.imitates
     return {
         "run_id": run_id(experiment.method),
         "method": experiment.names["intervene"],

@@ -154,6 +154,26 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+LARGEST = 64 * 2**20
+"""Bytes of the largest JSON file that is read."""
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: no JSON, larger than `LARGEST`, or nested too deep.
+    """
+    size = path.stat().st_size
+    if size > LARGEST:
+        raise ValueError(f"{size:,} bytes, more than {LARGEST:,}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turn a text's wrong encoding into a wrong request.

@@ -1,7 +1,7 @@
 """What every experiment leaves behind: a directory that is opened, tracked and finished."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +20,15 @@ from palimpsest.model.load import Pretrained
 from palimpsest.record import provenance
 from palimpsest.record.provenance import Phase, Stopwatch
 from palimpsest.record.recording import Recording
-from palimpsest.record.store import RunStore, check_earlier, is_done, measured, read_run
+from palimpsest.record.store import (
+    RunStore,
+    add_requests,
+    check_earlier,
+    finished_runs,
+    is_done,
+    measured,
+    read_run,
+)
 
 Keys = Mapping[str, str]
 """The measures that are wanted, by name, and the key of each."""
@@ -93,12 +101,10 @@ def finished(recording: Recording, request: str, keys: Keys) -> Path | None:
     Raises:
         RequestError: it is there, and damaged.
     """
-    for path in sorted(recording.directory.glob("*/run.json")):
-        run = read_run(path.parent)
-        asked = run is not None and request in (run.get("requests") or ())
-        if run is not None and asked and is_done(path.parent) and set(keys.items()) <= measured(run):
-            check_earlier(path.parent)
-            return path.parent
+    for directory, taken in finished_runs(recording.directory).get(request, ()):
+        if set(keys.items()) <= taken:
+            check_earlier(directory)
+            return directory
     return None
 
 
@@ -162,7 +168,7 @@ def _tell(directory: Path, told: Callable[[str], None], holder: Holder) -> None:
 def _also_asked(directory: Path, run: Mapping[str, Any], requests: list[str]) -> None:
     """Note that another request came to the same run, so that it is known without a model."""
     if not set(requests) <= set(run.get("requests") or ()):
-        RunStore.further(directory, {}).ask(requests)
+        add_requests(directory, requests)
 
 
 def _opened(directory: Path, task: Task, run: Mapping[str, Any] | None) -> RunStore:
@@ -178,14 +184,14 @@ def _carried_out(recording: Recording, store: RunStore, task: Task, missing: set
     tracker, watch, model = recording.tracker, task.ground.watch, task.ground.model
     try:
         with tracker.run(store.directory, store.run) as live:
+            store.update(wandb=tracker.describe())
             task.work(store, missing)
-            store.ask(task.record["requests"])
             if not store.finished:
-                store.update(wandb=tracker.describe())
                 store.update(seconds=watch.seconds, peak_mb=watch.peak_mb)
                 store.update(batch_sizes={"forward": model.batch_size})
             live.log_results(store.snapshot())
         store.finish()
+        add_requests(store.directory, task.record["requests"])
     except BaseException as error:
         store.fail(error)
         raise

@@ -1,7 +1,8 @@
 """Causal tracing as an experiment of its own: facts, a model, a trace of each fact, a record."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from palimpsest.record import provenance
 from palimpsest.record.provenance import Phase
 from palimpsest.record.recording import Recording
 from palimpsest.record.store import RunStore
-from palimpsest.results import Ground, asked, described, recorded
+from palimpsest.results import Ground, Task, asked, described, finished, recorded
 
 TRACED = ("target", "test", "dev", "others")
 """Splits of facts that the model knows."""
@@ -60,6 +61,17 @@ class TraceExperiment:
                 f"found {self.split!r}; choose one of them"
             )
 
+    @cached_property
+    def request(self) -> str:
+        """What is asked for, the record left out; known before a model is loaded."""
+        parts: dict[str, Any] = {"model": self.model, "facts": self.facts, "seed": self.seed}
+        return provenance.request(parts | {"tracing": self.tracing, "split": self.split})
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """No measure is taken."""
+        return {}
+
     def traced(self, splits: Splits) -> tuple[Fact, ...]:
         """The facts that are traced."""
         facts: tuple[Fact, ...] = getattr(splits, self.split)
@@ -79,8 +91,15 @@ class TraceExperiment:
         self.tracing.check(model, self.traced(splits))
 
 
-def trace(experiment: TraceExperiment, phase: Phase) -> tuple[Path, bool]:
+def trace(
+    experiment: TraceExperiment, phase: Phase, told: Callable[[str], None] = print
+) -> tuple[Path, bool]:
     """Trace known facts one by one and record every effect.
+
+    Args:
+        experiment: what is asked for.
+        phase: shows what is being done.
+        told: tells the user in a line that another process works on this run.
 
     Returns:
         the run's directory, and whether it was done before and is left as it was.
@@ -88,6 +107,9 @@ def trace(experiment: TraceExperiment, phase: Phase) -> tuple[Path, bool]:
     Raises:
         RequestError: the request was wrong.
     """
+    found = finished(experiment.recording, experiment.request, {})
+    if found is not None:
+        return found, True
     ground = Ground.of(experiment.model, experiment.facts, experiment.seed, phase)
     model = ground.model
 
@@ -96,12 +118,12 @@ def trace(experiment: TraceExperiment, phase: Phase) -> tuple[Path, bool]:
         experiment.check(model, ground.split())
         return ground.split()
 
-    def work(store: RunStore) -> None:
+    def work(store: RunStore, missing: set[str]) -> None:
         with ground.phase("trace"):
             _work(experiment, model, experiment.traced(splits()), store)
 
     record = _record(experiment, model, ground.facts)
-    return recorded(experiment.recording, record, model, splits, ground.watch, work)
+    return recorded(experiment.recording, Task(record, {}, ground, splits, work), told)
 
 
 def _work(

@@ -30,6 +30,10 @@ EXAMPLES = {
         "palimpsest sweep sweeps/quickstart.yaml",
         "palimpsest sweep sweeps/quickstart.yaml facts.limit=10",
     ),
+    "measure": (
+        "palimpsest measure results/quickstart evaluate=full",
+        "palimpsest measure results/quickstart/RUN evaluate.probes.stride=1 model.path=path/to/model",
+    ),
     "report": (
         "palimpsest report results/quickstart",
         "palimpsest report results/quickstart --against rome",
@@ -94,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_run,
         _add_trace,
         _add_sweep,
+        _add_measure,
         _add_report,
         _add_ask,
         _add_apply,
@@ -158,6 +163,19 @@ def _add_sweep(commands: Commands) -> None:
     sweep.add_argument("file", type=Path, help="a wandb sweep file with method: grid")
     sweep.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for every run")
     sweep.set_defaults(call=lambda options: _sweep(options.file, options.overrides))
+
+
+def _add_measure(commands: Commands) -> None:
+    from palimpsest.cli.measure import add_arguments
+
+    parser = _command(
+        commands,
+        "measure",
+        "measure finished runs further, from their saved interventions; nothing is fitted",
+    )
+    parser.intermixed = True
+    add_arguments(parser)
+    parser.set_defaults(call=_measure)
 
 
 def _add_report(commands: Commands) -> None:
@@ -241,10 +259,10 @@ def _add_completion(commands: Commands) -> None:
     completion.set_defaults(call=lambda options: _complete(options.shell))
 
 
-def _run(words: Sequence[str]) -> int:
+def _run(words: Sequence[str], source: str | None = None) -> int:
     from palimpsest.cli.jobs import run
 
-    return run(words)
+    return run(words, source)
 
 
 def _trace(words: Sequence[str]) -> int:
@@ -263,13 +281,19 @@ def _sweep(file: Path, overrides: Sequence[str]) -> int:
     from palimpsest.cli.sweeps import results_directory, sweep_overrides
 
     words = [*sweep_overrides(file), *overrides]
-    code = _run(["-m", *words])
+    code = _run(["-m", *words], file.name)
     try:
         return _report(results_directory(words)) or code
     except RequestError:
         if code:  # nothing to report on, and why has been told
             return code
         raise
+
+
+def _measure(options: argparse.Namespace) -> int:
+    from palimpsest.cli.measure import measure
+
+    return measure(options)
 
 
 def _report(directory: Path, reference: str | None = None) -> int:

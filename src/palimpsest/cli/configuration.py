@@ -32,6 +32,7 @@ KEYS = {
         *("seed", "protocol", "objective", "contexts"),
     ),
     "trace": ("model", "facts", "tracing", "record", "seed", "split"),
+    "measure": ("model", "facts", "evaluate", "record", "seed"),
 }
 """What the configuration of each command is made of."""
 
@@ -46,7 +47,7 @@ def resource(name: str) -> Path:
     return Path(__file__).parents[1] / name
 
 
-def check_config(config: DictConfig, command: str = "run") -> None:
+def check_config(config: DictConfig, command: str = "run") -> DictConfig:
     """Hold the whole configuration of a command against the dataclasses.
 
     Raises:
@@ -60,8 +61,12 @@ def check_config(config: DictConfig, command: str = "run") -> None:
         if key not in valid:
             raise RequestError(_unknown(key, valid))
     for part in PARTS:
-        if part in valid:
+        if part == "evaluate" and part in valid:
+            for name in config[part]:
+                _check_types(config[part][name], f"{part}.{name}")
+        elif part in valid:
             _check_types(config[part], part)
+    return config
 
 
 def _check_types(node: DictConfig, path: str) -> None:

@@ -1,79 +1,87 @@
-"""Runs through Hydra: one, or a grid of them."""
+"""Runs and traces through Hydra: one, or a grid of them."""
 
 import os
 import re
 import shlex
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from palimpsest.cli.configuration import as_request, check_config, resource
-from palimpsest.cli.words import CONSOLE, complain, say, tell
+from palimpsest.cli.grids import run_grid
+from palimpsest.cli.launching import Outcome, Work, perform
+from palimpsest.cli.words import CONSOLE, complain, say
 from palimpsest.errors import RequestError
 from palimpsest.record.redact import redacted, without_secrets
 
-Job = Callable[[DictConfig, str], None]
-"""One job of Hydra's: its configuration, and the command line for the record."""
+if TYPE_CHECKING:
+    from palimpsest.evaluate.ruler import Ruler
+    from palimpsest.experiment import Experiment
+    from palimpsest.tracing import TraceExperiment
 
 
-def run(words: Sequence[str]) -> int:
-    """`palimpsest run`."""
-    return _hand_over("run", _run, words)
+def run(words: Sequence[str], source: str | None = None) -> int:
+    """`palimpsest run`.
+
+    Args:
+        words: Hydra's flags and overrides.
+        source: the sweep file that they come from; the sweep's manifest then names its jobs.
+    """
+    return _hand_over("run", _run, experiment_of, words, source)
 
 
 def trace(words: Sequence[str]) -> int:
     """`palimpsest trace`."""
-    return _hand_over("trace", _trace, words)
+    return _hand_over("trace", _trace, _tracing_of, words, None)
 
 
-def _hand_over(name: str, work: Job, words: Sequence[str]) -> int:
+def _hand_over(name: str, work: Any, of: Any, words: Sequence[str], source: str | None) -> int:
     """Hand over to Hydra; its errors come back as one line with the nearest valid names."""
-    import hydra
-
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    words = _flags_first(name, words)
+    words, many = _flags_first(name, words)
     command = without_secrets(shlex.join(["palimpsest", name, *words]))
-    here = os.getpid()
-    failures: list[Exception] = []
-
-    @hydra.main(version_base="1.3", config_path=str(resource("conf")), config_name=name)
-    def job(config: DictConfig) -> None:
-        try:
-            work(config, command)
-        except Exception as error:
-            if os.getpid() != here:  # another process: only an exception tells the launcher
-                raise
-            failures.append(as_request(error))
-
     before = sys.argv
     sys.argv = [f"palimpsest {name}", *words]
     try:
-        with _scratch(words):
-            job()
+        if many:
+            tasks = partial(work, command=command), partial(of, command=command)
+            return run_grid(name, words, *tasks, source)
+        return _one(name, partial(work, command=command))
     except OSError as error:
         raise _unwritable(error) from error
     except Exception as error:
         raise as_request(error) from error
     finally:
         sys.argv = before
-    return _outcome(failures)
 
 
-def _outcome(failures: Sequence[Exception]) -> int:
-    """Tell every failure; the exit code is 2 only if all requests were wrong."""
-    codes = [tell(error) for error in failures]
-    return min(codes, default=0)
+def _one(name: str, work: Work) -> int:
+    """One job, or what one of Hydra's own flags shows."""
+    import hydra
+
+    found: list[Outcome] = []
+
+    @hydra.main(version_base="1.3", config_path=str(resource("conf")), config_name=name)
+    def job(config: DictConfig) -> None:
+        found.append(perform(work, config))
+
+    job()
+    for outcome in found:
+        if outcome.text:
+            say(outcome.text)
+    return max((outcome.code for outcome in found), default=0)
 
 
-def _flags_first(name: str, words: Sequence[str]) -> list[str]:
-    """Hydra's flags, then the overrides; its parser takes them in no other order.
+def _flags_first(name: str, words: Sequence[str]) -> tuple[list[str], bool]:
+    """Hydra's flags, then the overrides, as its parser wants them; and whether it is a grid.
+
+    A grid for one of Hydra's other sweepers is left to Hydra.
 
     Raises:
         RequestError: an unknown flag, or an override that is not KEY=VALUE.
@@ -82,30 +90,17 @@ def _flags_first(name: str, words: Sequence[str]) -> list[str]:
 
     parser = get_args_parser()
     parser.error = partial(complain, f"palimpsest {name}")  # type: ignore[method-assign]
-    overrides: list[str] = parser.parse_intermixed_args(list(words)).overrides
+    options = parser.parse_intermixed_args(list(words))
+    overrides: list[str] = options.overrides
     for word in overrides:
         if not re.match(r"~|\+{0,2}[^=\s+~]+=", word):
             raise RequestError(
                 f"expected KEY=VALUE, found {word!r}; see `palimpsest {name} --help`"
             )
-    return [word for word in words if word not in overrides] + overrides
-
-
-@contextmanager
-def _scratch(words: Sequence[str]) -> Iterator[None]:
-    """A directory, gone afterwards, for the file that Hydra leaves of every multirun.
-
-    Submitit's jobs read theirs on other machines: it stays, in the working directory.
-    """
-    if "PALIMPSEST_SCRATCH" in os.environ or any("submitit" in word for word in words):
-        yield
-        return
-    with tempfile.TemporaryDirectory() as directory:
-        os.environ["PALIMPSEST_SCRATCH"] = directory
-        try:
-            yield
-        finally:
-            del os.environ["PALIMPSEST_SCRATCH"]
+    shown = options.cfg or options.info or options.hydra_help or options.shell_completion
+    own = any(word.lstrip("+").startswith("hydra/sweeper=") for word in overrides)
+    ordered = [word for word in words if word not in overrides] + overrides
+    return ordered, bool(options.multirun and not shown and not own)
 
 
 def _unwritable(error: OSError) -> Exception:
@@ -116,31 +111,42 @@ def _unwritable(error: OSError) -> Exception:
     return (cannot_write(place, error) if place else None) or as_request(error)
 
 
-def _run(config: DictConfig, command: str) -> None:
-    """One run: check the types, build the parts, run, say where the results are."""
+def experiment_of(config: DictConfig, command: str) -> "Experiment":
+    """The experiment that a job's configuration asks for; no model is loaded.
+
+    Raises:
+        RequestError: the configuration is wrong.
+    """
     from hydra.core.hydra_config import HydraConfig
 
-    check_config(config)
+    config = check_config(config)
     hydra = HydraConfig.get()
-    choices, name = hydra.runtime.choices, _method(hydra)
     _quiet()
-    from palimpsest.experiment import Experiment, run
+    from palimpsest.experiment import Experiment
 
-    parts = _parts(config)
-    experiment = Experiment(
+    parts = parts_of(config)
+    return Experiment(
         parts["model"],
         parts["facts"],
         parts["locate"],
         parts["intervene"],
-        parts["evaluate"],
+        ruler_of(parts),
         parts["record"],
         parts["seed"],
-        {"intervene": name, "facts": choices["facts"]},
-        _resolved(config),
+        {"intervene": _method(hydra), "facts": hydra.runtime.choices["facts"]},
+        resolved(config),
         command,
     )
-    with _phases(name, 6) as phase:
-        _tell(name, *run(experiment, phase))
+
+
+def _run(config: DictConfig, command: str) -> None:
+    """One run: build the parts, run, say where the results are."""
+    experiment = experiment_of(config, command)
+    from palimpsest.experiment import run
+
+    name = experiment.names["intervene"]
+    with phases(name, 6) as phase:
+        _tell(name, *run(experiment, phase, say))
 
 
 def _method(hydra: Any) -> str:
@@ -159,17 +165,17 @@ def _method(hydra: Any) -> str:
     return f"{name}({', '.join(parts)})" if parts else name
 
 
-def _trace(config: DictConfig, command: str) -> None:
-    """The same for one trace."""
+def _tracing_of(config: DictConfig, command: str) -> "TraceExperiment":
+    """The trace that a job's configuration asks for."""
     from hydra.core.hydra_config import HydraConfig
 
-    check_config(config, "trace")
+    config = check_config(config, "trace")
     choices = HydraConfig.get().runtime.choices
     _quiet()
-    from palimpsest.tracing import TraceExperiment, trace
+    from palimpsest.tracing import TraceExperiment
 
-    parts = _parts(config)
-    experiment = TraceExperiment(
+    parts = parts_of(config)
+    return TraceExperiment(
         parts["model"],
         parts["facts"],
         parts["tracing"],
@@ -177,14 +183,29 @@ def _trace(config: DictConfig, command: str) -> None:
         parts["split"],
         parts["seed"],
         {"facts": choices["facts"]},
-        _resolved(config),
+        resolved(config),
         command,
     )
-    with _phases("trace", 3) as phase:
-        _tell("trace", *trace(experiment, phase))
 
 
-def _resolved(config: DictConfig) -> Any:
+def _trace(config: DictConfig, command: str) -> None:
+    """One trace."""
+    experiment = _tracing_of(config, command)
+    from palimpsest.tracing import trace
+
+    with phases("trace", 3) as phase:
+        _tell("trace", *trace(experiment, phase, say))
+
+
+def ruler_of(parts: Any) -> "Ruler":
+    """The ruler that the group `evaluate` is made of: its measures by name, in their order."""
+    from palimpsest.evaluate.ruler import Ruler
+
+    return Ruler(dict(parts["evaluate"]))
+
+
+def resolved(config: DictConfig) -> Any:
+    """The whole configuration as plain values, without secrets."""
     return redacted(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
 
 
@@ -192,7 +213,7 @@ def _tell(name: str, directory: Path, before: bool) -> None:
     say(f"{name}: {'done before, left as it is' if before else 'done'}: {directory}")
 
 
-def _parts(config: DictConfig) -> Any:
+def parts_of(config: DictConfig) -> Any:
     """Every part, made by its `_target_`; what a part's constructor raises is raised as it is."""
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
@@ -203,26 +224,39 @@ def _parts(config: DictConfig) -> Any:
         raise error.__cause__ or error from None
 
 
-def compose_parts(words: Sequence[str]) -> Any:
-    """The parts that a run with these overrides would be made of.
+def composed(words: Sequence[str], config_dir: str | None = None) -> DictConfig:
+    """The configuration that a run with these overrides would have.
+
+    Args:
+        words: overrides.
+        config_dir: further configuration of the user's own.
 
     Raises:
         RequestError: the configuration is wrong.
     """
     from hydra import compose, initialize_config_dir
 
+    own = [] if config_dir is None else [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
     try:
         with initialize_config_dir(str(resource("conf")), version_base="1.3"):
-            config = compose("run", list(words))
-        check_config(config)
+            return check_config(compose("run", [*own, *words]))
     except Exception as error:
         raise as_request(error) from error
+
+
+def compose_parts(words: Sequence[str]) -> Any:
+    """The parts that a run with these overrides would be made of.
+
+    Raises:
+        RequestError: the configuration is wrong.
+    """
+    config = composed(words)
     _quiet()
-    return _parts(config)
+    return parts_of(config)
 
 
 @contextmanager
-def _phases(name: str, count: int) -> Iterator[Any]:
+def phases(name: str, count: int) -> Iterator[Any]:
     """A function that shows which phase of a run is under way, on a bar."""
     bar = Progress(
         SpinnerColumn(),

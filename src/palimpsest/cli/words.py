@@ -48,13 +48,19 @@ def tell(error: Exception) -> int:
     Returns:
         the exit code: 2 if the request was wrong, 1 if the work failed.
     """
+    code, text = explained(error)
+    say(text)
+    return code
+
+
+def explained(error: Exception) -> tuple[int, str]:
+    """The exit code of an error, and what to print of it: a line, or a traceback of a bug."""
     if not isinstance(error, RequestError | WriteError):
         error = _in_a_line(error)
+    code = 2 if isinstance(error, RequestError) else 1
     if isinstance(error, RequestError | WriteError):
-        say(f"error: {visible(str(error))}")
-    else:
-        say("".join(traceback.format_exception(error)).rstrip("\n"))
-    return 2 if isinstance(error, RequestError) else 1
+        return code, f"error: {visible(str(error))}"
+    return code, "".join(traceback.format_exception(error)).rstrip("\n")
 
 
 def _in_a_line(error: Exception) -> Exception:

@@ -1,6 +1,7 @@
 """A layer chosen beforehand: by number, or by the model's own early and late default."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from palimpsest.errors import RequestError, nearest
 from palimpsest.locate.locator import Evidence, Located, Locator
@@ -22,6 +23,12 @@ class Fixed(Locator):
     layer: int | None = None
     depth: str = "early"
     depths: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def asked(self, place: str) -> Any:
+        """The layer, however it is named."""
+        known = self.depths.get(place, {}).get(self.depth)
+        layer = known if self.layer is None else self.layer
+        return self if layer is None else {"layer": layer}
 
     def locate(
         self, model: ModelHandle, part: str, place: str | None, evidence: Evidence

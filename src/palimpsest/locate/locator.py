@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from palimpsest.errors import RequestError
 from palimpsest.facts.fact import Fact
@@ -56,6 +57,14 @@ class Located:
 
 class Locator(ABC):
     """Chooses the site of a method."""
+
+    def asked(self, place: str) -> Any:
+        """What it is asked to choose by, to be hashed into a request.
+
+        Args:
+            place: the row of the model's usual layers that the method names.
+        """
+        return self
 
     @abstractmethod
     def locate(

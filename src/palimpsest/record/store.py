@@ -132,6 +132,45 @@ def check_earlier(directory: Path) -> None:
             _check_intervention(directory / "intervention")
 
 
+def read_run(directory: Path) -> dict[str, Any] | None:
+    """The run.json of a run of this schema; None where there is none, or another one."""
+    try:
+        run = _run_json(directory)
+    except RequestError:
+        return None
+    return run if run.get("schema") == SCHEMA_VERSION else None
+
+
+Taken = set[tuple[str, str]]
+"""Measures that were taken, each with its key."""
+
+
+def finished_runs(directory: Path) -> dict[str, list[tuple[Path, Taken]]]:
+    """By request, the finished runs in a directory that it came to, and their measures.
+
+    Directories of anything else are passed over.
+    """
+    found: dict[str, list[tuple[Path, Taken]]] = {}
+    for path in sorted(directory.glob("*/run.json")):
+        run = read_run(path.parent)
+        if run is not None and is_done(path.parent):
+            for request in run.get("requests") or ():
+                found.setdefault(str(request), []).append((path.parent, measured(run)))
+    return found
+
+
+def add_requests(directory: Path, requests: Iterable[str]) -> None:
+    """Note in a finished run's run.json that these requests came to it too.
+
+    Raises:
+        RequestError: the directory cannot be written.
+        WriteError: there is no room.
+    """
+    run = _run_json(directory)
+    found = dict.fromkeys((*(run.get("requests") or ()), *requests))
+    write_json(directory / _RUN, run | {"requests": list(found)})
+
+
 def measured(run: Mapping[str, Any]) -> set[tuple[str, str]]:
     """The measures, each with its key, that a run.json says were taken."""
     found = run.get("measures")
@@ -217,6 +256,11 @@ class RunStore:
         with writing(directory):
             kept = _take_up(directory, {**attempt, "run_id": run["run_id"]})
         return cls(directory, run, kept, finished=True)
+
+    @property
+    def run(self) -> Mapping[str, Any]:
+        """The contents of run.json as far as known."""
+        return self._run
 
     def has(self, section: str) -> bool:
         """Whether a section's rows are all there, from this attempt or an earlier one."""

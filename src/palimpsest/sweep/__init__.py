@@ -1,0 +1,1 @@
+"""Grids: what was asked for, and what of it is done."""
