@@ -112,6 +112,5 @@ def _check(each: Further, ground: Ground) -> None:
         changed = {key for key in counts if counts[key] != (about.get("counts") or {}).get(key)}
         raise RequestError(
             f"expected the splits of run {each.run['run_id']}, found other numbers of facts "
-            f"({', '.join(sorted(changed))}); this version of palimpsest or of its packages chooses "
-            "other facts: run it again"
+            f"({', '.join(sorted(changed))}); this version chooses other facts: run it again"
         )

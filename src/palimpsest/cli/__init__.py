@@ -32,7 +32,7 @@ EXAMPLES = {
     ),
     "measure": (
         "palimpsest measure results/quickstart evaluate=full",
-        "palimpsest measure results/quickstart/RUN evaluate.probes.stride=1 model.path=path/to/model",
+        "palimpsest measure results/runs/RUN evaluate.probes.stride=1 model.path=MODEL",
     ),
     "report": (
         "palimpsest report results/quickstart",

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "overrides",
         nargs="*",
         metavar="KEY=VALUE",
-        help="evaluate=..., model.path=..., facts.path=",
+        help="evaluate=..., model.path=...",
     )
     parser.add_argument("--config-dir", metavar="DIR", help="add configuration of your own")
 
