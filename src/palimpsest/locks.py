@@ -27,6 +27,7 @@ What holds on a cluster's shared file system:
 import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 import threading
@@ -53,7 +54,8 @@ WATCHED = 120.0
 _PAUSES = (0.01, 0.5)
 """Seconds between two attempts: at first, and at most."""
 
-_NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
+_NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
+_TAKEN = (errno.EAGAIN, errno.EACCES)
 _RELEASED = b"released\n"
 _CREATED = os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _LONGEST = 4096
@@ -141,6 +143,15 @@ def holder(path: Path) -> Holder | None:
     return _kernel_holder(path) or _soft_holder(path)
 
 
+def announced(work: str) -> Callable[[Holder], None]:
+    """For `held`'s `waiting`: a warning of one line that names who is waited for.
+
+    Args:
+        work: what they do, e.g. `"computes moments"`.
+    """
+    return lambda other: logging.getLogger(__name__).warning("waiting for %s: it %s", other, work)
+
+
 def _waited(path: Path, waiting: Callable[[Holder], None] | None, timeout: float | None) -> Release:
     """Take the lock, whenever it is free; what gives it up."""
     begun, (pause, longest), watch = time.monotonic(), _PAUSES, _Watch()
@@ -205,7 +216,9 @@ def _flock(file: int, kind: int) -> bool:
     """Whether a lock of this kind was free, and is had now."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+    except OSError as error:
+        if error.errno not in _TAKEN:
+            raise
         return False
     return True
 

