@@ -9,7 +9,6 @@ from palimpsest.evaluate.ruler import Ruler, portraits
 from palimpsest.facts.dataset import DataSet
 from palimpsest.facts.fact import FactSet
 from palimpsest.facts.splits import Splits, on_dev
-from palimpsest.intervene.controls import NoChange
 from palimpsest.intervene.intervention import Method
 from palimpsest.locate.fixed import Fixed
 from palimpsest.locate.locator import Evidence, Located, Locator
@@ -55,12 +54,11 @@ class Experiment:
         """Where the method changes the model; one that changes several layers has its own table."""
         evidence = Evidence(
             seed=self.seed,
-            lowest=getattr(self.method, "lowest", 0),
+            lowest=self.method.lowest,
             dev=lambda: splits().dev,
             trial=lambda site: self.trial(model, on_dev(splits(), self.facts, self.seed), site),
         )
-        place = getattr(self.method, "place", None)
-        return self.locate.locate(model, self.method.part, place, evidence)
+        return self.locate.locate(model, self.method.part, self.method.place, evidence)
 
     def trial(self, model: ModelHandle, facts: Splits, site: Site) -> float:
         """How well the method does on the dev facts at a site."""
@@ -133,14 +131,14 @@ def _record(
         return provenance.identity(
             {
                 **asked(model, facts, experiment.facts, experiment.seed),
-                "site": None if isinstance(method, NoChange) else [site.layer, site.part],
+                "site": [site.layer, site.part] if method.sited else None,
                 "method": provenance.describe(method),
                 "ruler": provenance.describe(experiment.ruler),
                 **chosen,
             }
         )
 
-    imitated = getattr(experiment.method, "imitates", None)
+    imitated = experiment.method.imitates
     return {
         "run_id": run_id(experiment.method),
         "method": experiment.names["intervene"],
