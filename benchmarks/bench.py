@@ -383,7 +383,7 @@ def tracing(handle: ModelHandle) -> tuple[float, float, float]:
     """One fact's restored probabilities: a whole pass for every state, against resumed ones."""
     row = handle.encode(Prompt.fill("fit", "{} " + text(random.Random(2), 7), "w5 w6 w7"), "w9")
     row = replace(row, subject=(1, 3))
-    how = Tracing(samples=3, window=4, level=1.0)
+    how = Tracing(samples=3, stride=1, window=4, level=1.0)
     shifts = noise(handle, row, 1.0, how.samples, 0)
 
     def engine() -> Tensor:

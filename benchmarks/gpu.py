@@ -82,7 +82,7 @@ def tracing_seconds(handle: ModelHandle, facts: int) -> float:
         )
         for _ in range(facts)
     ]
-    how = Tracing(samples=10, level=1.0)
+    how = Tracing(samples=10, stride=1, level=1.0)
     shifts = [noise(handle, row, 1.0, how.samples, 0) for row in rows]
     started = time.perf_counter()
     for row, shift in zip(rows, shifts, strict=True):

@@ -75,6 +75,69 @@ def test_a_file_can_be_read_without_a_value_missing(group, option):
     OmegaConf.to_container(composed(f"{group}={option}"), resolve=True, throw_on_missing=True)
 
 
+PRESETS = {
+    ("evaluate", "quick"): "full",
+    ("facts", "countries"): "world",
+    ("intervene", "leace_shuffled"): "leace",
+    ("intervene", "rome_plain"): "rome",
+}
+"""Files of a class that another file stands for; they name other values on purpose."""
+
+CHOSEN = {"facts.relations"}
+"""Whose value in a file is one choice among the class's, which has none."""
+
+PLAIN = [
+    each for each in OPTIONS
+    if each[0] in {"facts", "locate", "intervene", "evaluate"} and each not in PRESETS
+]  # fmt: skip
+
+
+def valued(node, path, made=None):
+    """Every value that a file gives as it stands, with the class's default: (path, value, default).
+
+    Args:
+        node: of the configuration, with a `_target_`.
+        path: where it stands.
+        made: what the part around it makes by default; None: the class's own defaults count.
+    """
+    kind = get_class(node["_target_"])
+    made = made if type(made) is kind else None
+    for field in dataclasses.fields(kind):
+        if not field.init or OmegaConf.is_interpolation(node, field.name):
+            continue
+        value, default = node[field.name], own_default(field, made)
+        if isinstance(value, DictConfig) and list(parts(value)):
+            for inner, part in parts(value):
+                if not inner:
+                    yield from valued(part, f"{path}.{field.name}", default)
+        elif default is not dataclasses.MISSING:
+            value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+            yield f"{path}.{field.name}", value, default
+
+
+def own_default(field, made):
+    """A field's default, or what it is in `made`."""
+    if made is not None:
+        return getattr(made, field.name)
+    factory = field.default_factory
+    return field.default if factory is dataclasses.MISSING else factory()
+
+
+@pytest.mark.parametrize(("group", "option"), PLAIN)
+def test_a_class_s_defaults_are_its_file_s_values(group, option):
+    found = list(valued(composed(f"{group}={option}")[group], group))
+    differing = [each for each in found if each[1] != each[2] and each[0] not in CHOSEN]
+    assert differing == []
+
+
+@pytest.mark.parametrize(("preset", "plain"), PRESETS.items())
+def test_a_preset_is_another_file_with_other_values(preset, plain):
+    group, option = preset
+    made, other = (composed(f"{group}={name}")[group] for name in (option, plain))
+    assert made["_target_"] == other["_target_"]
+    assert made != other
+
+
 def test_the_seed_reaches_every_part_that_draws():
     config = composed("intervene=random_delta", "seed=7")
     assert config.intervene.seed == config.intervene.base.prefixes.seed == 7
@@ -184,6 +247,17 @@ def test_one_s_own_names_are_among_the_nearest(call, own):
     assert "did you mean 'hasty_rome'" in outcome.err
 
 
+HALF = """
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Half:
+    part: str = "mlp"
+    place: str = "mlp"
+    def fit(self, model, facts, site): ...
+"""
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -193,6 +267,20 @@ def test_one_s_own_names_are_among_the_nearest(call, own):
         ),
         ("steps: 3\n", r"error: expected intervene\._target_ to name a class, found None"),
         (
+            "_target_: palimpsest.locate.fixed.Fixed\n",
+            r"error: expected intervene to be a method with .* found palimpsest\.locate\.fixed\.Fix"
+            "ed without part; declare it, or derive the class from palimpsest",
+        ),
+        (
+            "_target_: half.Half\n",
+            r"error: expected intervene to be a method with .* found half\.Half without lowest; ",
+        ),
+        (
+            "_target_: palimpsest.intervene.editors.editor.Editor\n",
+            r"error: expected intervene\._target_ to name a class that is whole, found 'palimp"
+            r"sest\.intervene\.editors\.editor\.Editor' without begin; write it, or name a class",
+        ),
+        (
             "_target_: pathlib.Path\n",
             r"error: expected intervene\._target_ to name a dataclass, found 'pathlib\.Path'",
         ),
@@ -201,9 +289,19 @@ def test_one_s_own_names_are_among_the_nearest(call, own):
             r"found 'intervene\.search\.stepps'; did you mean 'intervene\.search\.steps'",
         ),
     ],
-    ids=["no such class", "no class", "no dataclass", "no such field"],
+    ids=[
+        "no such class",
+        "no class",
+        "no method",
+        "half a method",
+        "abstract",
+        "no dataclass",
+        "no such field",
+    ],
 )
-def test_a_mistake_in_one_s_own_file_is_named(call, own, content, message):
+def test_a_mistake_in_one_s_own_file_is_named(call, own, monkeypatch, content, message):
+    (own / "half.py").write_text(HALF)
+    monkeypatch.syspath_prepend(str(own))
     (own / "intervene" / "mine.yaml").write_text(content)
     outcome = call("run", "--config-dir", own, "intervene=mine")
     assert outcome.code == 2

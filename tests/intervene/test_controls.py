@@ -75,4 +75,3 @@ def test_no_change_changes_nothing(model: ModelHandle) -> None:
     assert not unchanged.change.reaches(3, "last_prompt")
     assert unchanged.tensors() == {}
     assert NoChange().part == "residual"
-    assert not hasattr(NoChange(), "imitates")

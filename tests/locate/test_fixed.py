@@ -20,19 +20,19 @@ def model() -> ModelHandle:
 @pytest.mark.parametrize("part", ["mlp", "residual", "attention", "attention_norm", "mlp_norm"])
 @pytest.mark.parametrize("layer", [0, 3])
 def test_a_layer_by_its_number(model: ModelHandle, part: str, layer: int) -> None:
-    assert Fixed(layer=layer).site(model, part) == Site(layer, part)  # type: ignore[arg-type]
+    assert Fixed(layer=layer).site(model, part, part) == Site(layer, part)  # type: ignore[arg-type]
 
 
 def test_a_number_goes_before_a_depth(model: ModelHandle) -> None:
-    assert Fixed(layer=2, depth="late", depths=DEPTHS).site(model, "mlp") == Site(2, "mlp")
-    assert Fixed(layer=0, depth="unheard of").site(model, "mlp") == Site(0, "mlp")
+    assert Fixed(layer=2, depth="late", depths=DEPTHS).site(model, "mlp", "mlp") == Site(2, "mlp")
+    assert Fixed(layer=0, depth="unheard of").site(model, "mlp", "mlp") == Site(0, "mlp")
 
 
 @pytest.mark.parametrize(
     ("part", "depth", "layer"), [("mlp", "early", 1), ("mlp", "late", 3), ("residual", "early", 0)]
 )
 def test_a_layer_by_its_depth(model: ModelHandle, part: str, depth: str, layer: int) -> None:
-    site = Fixed(depth=depth, depths=DEPTHS).site(model, part)
+    site = Fixed(depth=depth, depths=DEPTHS).site(model, part, part)
     assert site == Site(layer, part)  # type: ignore[arg-type]
 
 
@@ -45,12 +45,12 @@ def test_a_place_has_a_row_of_its_own(model: ModelHandle) -> None:
 
 
 def test_the_depth_is_early_unless_asked_otherwise(model: ModelHandle) -> None:
-    assert Fixed(depths=DEPTHS).site(model, "mlp").layer == 1
+    assert Fixed(depths=DEPTHS).site(model, "mlp", "mlp").layer == 1
 
 
 def refusal(model: Any, part: str, **options: Any) -> str:
     with pytest.raises(RequestError) as caught:
-        Fixed(**options).site(model, part)
+        Fixed(**options).site(model, part, part)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

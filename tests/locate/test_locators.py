@@ -46,7 +46,7 @@ def test_a_fixed_layer_looks_at_nothing(model: ModelHandle) -> None:
         raise AssertionError("looked at")
 
     blind = Evidence(seed=0, lowest=0, dev=never, trial=never)
-    assert Fixed(layer=2).locate(model, "mlp", None, blind) == Located(Site(2, "mlp"))
+    assert Fixed(layer=2).locate(model, "mlp", "mlp", blind) == Located(Site(2, "mlp"))
 
 
 # -- sweep -----------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def test_a_sweep_takes_the_layer_with_the_best_trial(model: ModelHandle) -> None
         tried.append(site)
         return worth[site.layer]
 
-    found = Sweep(stride=1).locate(model, "mlp", None, evidence(SHAPES, trial))
+    found = Sweep(stride=1).locate(model, "mlp", "mlp", evidence(SHAPES, trial))
     assert found == Located(Site(1, "mlp"), worth)  # the lower one of equals
     assert tried == [Site(layer, "mlp") for layer in range(4)]
 
@@ -77,7 +77,7 @@ def test_a_sweep_takes_the_layer_with_the_best_trial(model: ModelHandle) -> None
 def test_a_sweep_tries_the_layers_that_the_method_has_room_for(
     model: ModelHandle, options: dict[str, Any], lowest: int, layers: list[int]
 ) -> None:
-    found = Sweep(**options).locate(model, "residual", None, evidence(SHAPES, lowest=lowest))
+    found = Sweep(**options).locate(model, "residual", "residual", evidence(SHAPES, lowest=lowest))
     assert list(found.scores) == layers
 
 
@@ -86,7 +86,7 @@ def test_a_sweep_tries_the_layers_that_the_method_has_room_for(
 
 def test_a_random_layer_is_the_seeds_and_may_be_any(model: ModelHandle) -> None:
     def layer(seed: int, **options: Any) -> int:
-        return Random(**options).locate(model, "mlp", None, evidence(seed=seed)).site.layer
+        return Random(**options).locate(model, "mlp", "mlp", evidence(seed=seed)).site.layer
 
     drawn = [layer(seed) for seed in range(40)]
     assert drawn == [layer(seed) for seed in range(40)]
@@ -132,12 +132,12 @@ def test_the_peak_is_that_of_the_dev_facts(
     model: ModelHandle, part: str, kind: str, position: str
 ) -> None:
     dev = tuple(told(model, each) for each in SHAPES)
-    tracing = Tracing(window=2, level=0.7, samples=2)
+    tracing = Tracing(window=2, level=0.7, stride=1)
     scores = average(list(tracing.trace(model, dev)), kind, position)
-    found = CausalTrace(tracing).locate(model, part, None, evidence(dev))
+    found = CausalTrace(tracing).locate(model, part, part, evidence(dev))
     assert found.scores == scores
     assert found.site == Site(max(scores, key=lambda layer: scores[layer]), part)  # type: ignore[arg-type]
-    above = CausalTrace(tracing).locate(model, part, None, evidence(dev, lowest=3))
+    above = CausalTrace(tracing).locate(model, part, part, evidence(dev, lowest=3))
     assert above.site.layer == 3
 
 
@@ -147,7 +147,7 @@ def test_the_peak_is_that_of_the_dev_facts(
 @pytest.mark.parametrize("locator", [Sweep(), CausalTrace(Tracing(window=2))])
 def test_without_dev_facts_there_is_nothing_to_go_by(model: ModelHandle, locator: Locator) -> None:
     with pytest.raises(RequestError, match=r"expected dev facts .*found none; raise facts\.dev"):
-        locator.locate(model, "mlp", None, evidence())
+        locator.locate(model, "mlp", "mlp", evidence())
 
 
 @pytest.mark.parametrize(
@@ -170,16 +170,16 @@ def test_bad_options_are_refused(make: Callable[[], Any], message: str) -> None:
 @pytest.mark.parametrize("locator", [Sweep(layers=[7]), Random(layers=[7])])
 def test_a_layer_that_the_model_lacks_is_refused(model: ModelHandle, locator: Locator) -> None:
     with pytest.raises(RequestError, match=r"from 0 to 3 .*found 7; set locate\.layers"):
-        locator.locate(model, "mlp", None, evidence(SHAPES))
+        locator.locate(model, "mlp", "mlp", evidence(SHAPES))
 
 
 @pytest.mark.parametrize("locator", [Sweep(layers=[0]), Random(layers=[0, 1])])
 def test_a_method_without_room_is_refused(model: ModelHandle, locator: Locator) -> None:
     with pytest.raises(RequestError, match="expected a layer from 2 on for this method"):
-        locator.locate(model, "mlp", None, evidence(SHAPES, lowest=2))
+        locator.locate(model, "mlp", "mlp", evidence(SHAPES, lowest=2))
 
 
 def test_a_kind_that_is_not_traced_is_refused_when_a_part_needs_it(model: ModelHandle) -> None:
     locator = CausalTrace(Tracing(kinds=["mlp"], window=2))
     with pytest.raises(RequestError, match=r"expected 'attention' among locate\.tracing\.kinds"):
-        locator.locate(model, "attention", None, evidence(SHAPES))
+        locator.locate(model, "attention", "attention", evidence(SHAPES))

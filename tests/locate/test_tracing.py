@@ -61,7 +61,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def tracing(**options: Any) -> Tracing:
-    return Tracing(**{"samples": 2, "window": 2, **options})
+    return Tracing(**{"stride": 1, "window": 2, **options})
 
 
 def row_of(model: ModelHandle, fact: Fact) -> Tokens:

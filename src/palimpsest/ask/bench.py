@@ -1,17 +1,17 @@
 """The bench: a loaded model, the methods to compare, and what they are compared on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from palimpsest.ask.inquiry import Inquiry, check_text
 from palimpsest.ask.reading import OWNER, TOKENS, Reading, answered, likeliest, read
 from palimpsest.ask.relation import Chosen, Library, choose, neighbors
-from palimpsest.ask.sampling import Sampled, sampled
 from palimpsest.errors import RequestError
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.facts.splits import Splits
 from palimpsest.intervene.intervention import Intervention, Method
+from palimpsest.intervene.moments import SampledMoments
 from palimpsest.intervene.pairs import InTurn
 from palimpsest.locate.fixed import Fixed
 from palimpsest.locate.locator import Locator
@@ -48,17 +48,13 @@ class Entry:
 
     @property
     def fits_relation(self) -> bool:
-        """Whether the method is fitted on a relation's facts; else on the asked fact alone.
-
-        Methods of the first kind have a property `scope` that says `relation`.
-        """
-        return getattr(self.method, "scope", "fact") == "relation"
+        """Whether the method is fitted on a relation's facts; else on the asked fact alone."""
+        return self.method.scope == "relation"
 
     def site(self, model: ModelHandle) -> Site:
         """Where the method changes the model."""
-        place = getattr(self.method, "place", None)
         assert isinstance(self.locate, Fixed)
-        return self.locate.site(model, self.method.part, place)
+        return self.locate.site(model, self.method.part, self.method.place)
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,7 @@ class Findings:
         neighbors: the facts that should stay.
         relation: the nearest one, or the one that was named; None if there is none.
         sample: what relation-wide methods were fitted on; None if there was no such method.
-        moments: what methods' second moments are taken over.
+        moments: by method, its second moments, where they are over sampled text.
     """
 
     inquiry: Inquiry
@@ -95,7 +91,7 @@ class Findings:
     neighbors: tuple[Fact, ...]
     relation: Chosen | None
     sample: Sample | None
-    moments: tuple[Sampled, ...]
+    moments: Mapping[str, SampledMoments]
 
     @property
     def unchanged(self) -> Reading:
@@ -149,11 +145,13 @@ class Bench:
         self.sites = [entry.site(self.model) for entry in self.entries]
 
     @property
-    def moments(self) -> tuple[Sampled, ...]:
-        """What the methods' second moments are taken over, by method that takes sampled ones."""
-        pairs = zip(self.entries, self.sites, strict=True)
-        found = (sampled(entry.name, entry.method, self.model, site) for entry, site in pairs)
-        return tuple(each for each in found if each is not None)
+    def moments(self) -> dict[str, SampledMoments]:
+        """By method, its second moments, where they are over sampled text."""
+        found = {
+            entry.name: entry.method.sampled_moments(self.model, site)
+            for entry, site in zip(self.entries, self.sites, strict=True)
+        }
+        return {name: each for name, each in found.items() if each is not None}
 
     @cached_property
     def reference(self) -> Site:

@@ -91,9 +91,9 @@ def about_sample(findings: Findings) -> str:
 def about_moments(findings: Findings) -> list[str]:
     """Whose second moments are taken over less text than in a run, and how to have as much."""
     return [
-        f"{each.name}: second moments over {each.tokens:,} sampled tokens, to be quick; "
-        f"{each.name}:{each.key}=null takes a run's {each.usual:,}."
-        for each in findings.moments
+        f"{name}: second moments over {each.tokens:,} sampled tokens, to be quick; "
+        f"{name}:intervene.{each.key}=null takes a run's {each.usual:,}."
+        for name, each in findings.moments.items()
         if each.tokens < each.usual
     ]
 

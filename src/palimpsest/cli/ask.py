@@ -200,10 +200,10 @@ def _bench(options: argparse.Namespace) -> "Bench":
     with phase("model"):
         model = parts["model"].load()
     bench = Bench(model, _quick(entries, own, model), library, options.relation, phase)
-    for each in bench.moments:
+    for name, each in bench.moments.items():
         if not each.cached:
             say(
-                f"{each.name}: second moments over {each.tokens:,} tokens are sampled from the "
+                f"{name}: second moments over {each.tokens:,} tokens are sampled from the "
                 "model once, then cached"
             )
     return bench

@@ -1,5 +1,6 @@
 """The configuration: where it is, whether it fits the dataclasses, what to say if it does not."""
 
+import inspect
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -66,6 +67,8 @@ def check_config(config: DictConfig, command: str = "run") -> DictConfig:
                 _check_types(config[part][name], f"{part}.{name}")
         elif part in valid:
             _check_types(config[part], part)
+    if "intervene" in valid:
+        _check_method(config.intervene)
     return config
 
 
@@ -115,7 +118,19 @@ def _target(node: DictConfig, path: str) -> type:
         raise RequestError(
             f"expected {path}._target_ to name a dataclass, found {name!r}; decorate the class"
         )
+    if inspect.isabstract(found):
+        raise RequestError(
+            f"expected {path}._target_ to name a class that is whole, found {name!r} without "
+            f"{min(found.__abstractmethods__)}; write it, or name a class that derives from it"
+        )
     return found
+
+
+def _check_method(node: DictConfig) -> None:
+    """Hold the class of the method against what is asked of one."""
+    from palimpsest.intervene.method import check_method
+
+    check_method(_target(node, "intervene"), "intervene")
 
 
 def _check_value(schema: Any, name: str, value: Any, path: str, kind: Any) -> None:

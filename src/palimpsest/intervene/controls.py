@@ -10,18 +10,25 @@ from palimpsest.facts.splits import Splits
 from palimpsest.intervene.changes.composition import Composition, Parts
 from palimpsest.intervene.changes.deltas import WeightDeltas
 from palimpsest.intervene.intervention import Intervention, Method, Unchanged
+from palimpsest.intervene.method import MethodBase, check_method
+from palimpsest.intervene.moments import SampledMoments
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change, Site
 
 
 @dataclass(frozen=True)
-class NoChange:
+class NoChange(MethodBase):
     """Leave the model as it is."""
 
     @property
     def part(self) -> str:
         """Nothing is changed; the residual stream, by convention."""
         return "residual"
+
+    @property
+    def sited(self) -> bool:
+        """It is the same at every site."""
+        return False
 
     def fit(self, model: ModelHandle, facts: Splits, site: Site) -> Unchanged:
         """The intervention that changes nothing."""
@@ -33,7 +40,7 @@ _APART = 1_000_003
 
 
 @dataclass(frozen=True)
-class RandomDelta:
+class RandomDelta(MethodBase):
     """ROME's own u with output directions drawn at random, of the same norm: is any push enough?
 
     Each fact's output vector keeps its norm, so ΔW of a single fact does too; that of many facts
@@ -49,28 +56,47 @@ class RandomDelta:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the seed.
+        """Check the base and the seed.
 
         Raises:
-            RequestError: it is out of range.
+            RequestError: the base lacks something of a method, or the seed is out of range.
         """
+        check_method(type(self.base), "intervene.base")
         check_seed("intervene.seed", self.seed)
 
     @property
     def part(self) -> str:
         """The base's."""
-        method: Method = self.base
-        return method.part
+        return self.imitates.part
 
     @property
     def place(self) -> str:
         """The base's."""
-        return getattr(self.base, "place", self.part)
+        return self.imitates.place
+
+    @property
+    def lowest(self) -> int:
+        """The base's."""
+        return self.imitates.lowest
+
+    @property
+    def scope(self) -> str:
+        """The base's."""
+        return self.imitates.scope
 
     @property
     def imitates(self) -> Method:
         """The editor whose u and norm it takes."""
         return self.base  # type: ignore[no-any-return]
+
+    def sampled_moments(self, model: ModelHandle, site: Site) -> SampledMoments | None:
+        """The base's."""
+        found = self.imitates.sampled_moments(model, site)
+        return found and replace(found, key=f"base.{found.key}")
+
+    def with_moments(self, tokens: int, length: int) -> "RandomDelta":
+        """The same of the base with other second moments."""
+        return replace(self, base=self.imitates.with_moments(tokens, length))
 
     def fit(self, model: ModelHandle, facts: Splits, site: Site) -> Intervention:
         """Fit the base, then turn each output vector to a random direction.
@@ -78,8 +104,7 @@ class RandomDelta:
         Raises:
             RequestError: the base is refused.
         """
-        method: Method = self.base
-        return _turned(method.fit(model, facts, site), self.seed)
+        return _turned(self.imitates.fit(model, facts, site), self.seed)
 
 
 def _turned(real: Intervention, seed: int) -> Intervention:

@@ -21,6 +21,7 @@ from torch import Tensor
 from palimpsest.errors import RequestError
 from palimpsest.facts.splits import Splits
 from palimpsest.files import atomic, write_json
+from palimpsest.intervene.moments import SampledMoments
 from palimpsest.model.difference import Difference
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change, Site
@@ -28,11 +29,51 @@ from palimpsest.record.row import Row
 
 
 class Method(Protocol):
-    """Hyper-parameters only. Everything else comes with the call to `fit`."""
+    """Hyper-parameters only. Everything else comes with the call to `fit`.
+
+    All that the rest of the code asks of a method is declared here. `method.MethodBase` has the
+    usual answers.
+    """
 
     @property
     def part(self) -> str:
         """The part of a block that the method changes."""
+        ...
+
+    @property
+    def place(self) -> str:
+        """The row of the model's usual layers (`depths`) that it goes by; normally the part."""
+        ...
+
+    @property
+    def lowest(self) -> int:
+        """The lowest layer at which it has room."""
+        ...
+
+    @property
+    def scope(self) -> str:
+        """What it is fitted on: `fact`, single facts, or `relation`, all facts of a relation."""
+        ...
+
+    @property
+    def imitates(self) -> "Method | None":
+        """The method of which this one is a control; None if it is no control."""
+        ...
+
+    @property
+    def sited(self) -> bool:
+        """Whether the site matters; if not, runs at different layers are one run."""
+        ...
+
+    def sampled_moments(self, model: ModelHandle, site: Site) -> SampledMoments | None:
+        """Second moments over text sampled from the model that a fit takes; None if it does not."""
+        ...
+
+    def with_moments(self, tokens: int, length: int) -> "Method":
+        """The method with second moments over so many tokens of text, in rows of `length` tokens.
+
+        A method that takes no second moments, or those that it was given, returns itself.
+        """
         ...
 
     def fit(self, model: ModelHandle, facts: Splits, site: Site) -> "Intervention":

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -27,6 +27,31 @@ class MomentSource(Protocol):
     def several(self, model: ModelHandle, layers: Sequence[int]) -> dict[int, "Second"]:
         """Second moments of layers, by layer."""
         ...
+
+    def sampled(self, model: ModelHandle, layers: Sequence[int]) -> "SampledMoments | None":
+        """How much text is sampled from the model for them; None if they come otherwise."""
+        ...
+
+    def over(self, tokens: int, length: int) -> "MomentSource":
+        """The same over so many tokens, in rows of `length`; itself if it takes no text."""
+        ...
+
+
+@dataclass(frozen=True)
+class SampledMoments:
+    """Second moments over text sampled from the model, as a fit would take them.
+
+    Attributes:
+        key: of the method's configuration, that sets how many tokens there are.
+        tokens: how many there are.
+        usual: how many there are if none are set.
+        cached: they are in the cache, so that there is nothing to wait for.
+    """
+
+    key: str
+    tokens: int
+    usual: int
+    cached: bool
 
 
 @dataclass(frozen=True)
@@ -96,7 +121,7 @@ class RunningText:
         Raises:
             RequestError: the model's prefix fills a row.
         """
-        wanted = self.tokens if self.tokens is not None else 10 * model.w_out(0).shape[1]
+        wanted = self.tokens if self.tokens is not None else usual_tokens(model)
         opening = len(start_ids(model))
         check_at_least(f"{self.where}.length", self.length, opening + 1)
         return -(-wanted // (self.length - opening))
@@ -206,6 +231,18 @@ class Moments(RunningText):
         common = self.key(model)
         return all(is_cached("moments", _part_key(common, n, "matrix")) for n in layers)
 
+    def sampled(self, model: ModelHandle, layers: Sequence[int]) -> SampledMoments | None:
+        """How much text is sampled; None if it is read from a file."""
+        if self.text is not None:
+            return None
+        usual = usual_tokens(model)
+        tokens = usual if self.tokens is None else self.tokens
+        return SampledMoments("moments.tokens", tokens, usual, self.cached(model, layers))
+
+    def over(self, tokens: int, length: int) -> "Moments":
+        """The same over so many tokens, in rows of `length`."""
+        return replace(self, tokens=tokens, length=length)
+
     def _compute(self, model: ModelHandle, layers: list[int]) -> dict[int, dict[str, Tensor]]:
         """`matrix` and `half` by layer."""
         rows = self.rows(model)
@@ -217,6 +254,11 @@ class Moments(RunningText):
         for layer in layers:
             whole[layer].lerp_(half[layer], some / len(rows))
         return {layer: {"matrix": whole[layer], "half": half[layer]} for layer in layers}
+
+
+def usual_tokens(model: ModelHandle) -> int:
+    """Tokens of text if no number is set: ten for each of the d_mlp dimensions."""
+    return 10 * model.w_out(0).shape[1]
 
 
 def _part_key(common: Mapping[str, Any], layer: int, part: str) -> dict[str, Any]:
@@ -236,6 +278,13 @@ class GivenMoments:
     def several(self, model: ModelHandle, layers: Sequence[int]) -> dict[int, Second]:
         """The given matrices in float64."""
         return {layer: Second(partial(self._copy, layer)) for layer in layers}
+
+    def sampled(self, model: ModelHandle, layers: Sequence[int]) -> None:
+        """No text is sampled."""
+
+    def over(self, tokens: int, length: int) -> "GivenMoments":
+        """Itself."""
+        return self
 
     def _copy(self, layer: int) -> Tensor:
         return self.given[layer].to(torch.float64, copy=True)

@@ -10,13 +10,14 @@ from palimpsest.intervene.changes.composition import Composition, Parts, joined
 from palimpsest.intervene.changes.deltas import WeightDeltas
 from palimpsest.intervene.changes.erasure import Erasure
 from palimpsest.intervene.intervention import Intervention, Method
+from palimpsest.intervene.method import MethodBase, check_method
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change, Site
 from palimpsest.record.row import Row
 
 
 @dataclass(frozen=True)
-class InTurn:
+class InTurn(MethodBase):
     """Two methods, the second fitted on the model that carries the first one's change.
 
     Either may be such a pair itself. Both changes are undone in reverse, bit for bit.
@@ -34,11 +35,13 @@ class InTurn:
     then_layer: int | None = None
 
     def __post_init__(self) -> None:
-        """Check that one of them, and only one, is located.
+        """Check both, and that one of them, and only one, is located.
 
         Raises:
-            RequestError: both have a layer, or neither.
+            RequestError: one lacks something of a method, both have a layer, or neither.
         """
+        check_method(type(self.first), "intervene.first")
+        check_method(type(self.then), "intervene.then")
         if (self.first_layer is None) == (self.then_layer is None):
             found = "none" if self.first_layer is None else "both"
             raise RequestError(
@@ -59,12 +62,18 @@ class InTurn:
     @property
     def place(self) -> str:
         """The located method's."""
-        return getattr(self.located, "place", self.part)
+        return self.located.place
 
     @property
     def lowest(self) -> int:
         """The lowest layer at which the located method has room."""
-        return getattr(self.located, "lowest", 0)
+        return self.located.lowest
+
+    @property
+    def scope(self) -> str:
+        """`relation` if either is fitted on a relation's facts."""
+        scopes = {self.first.scope, self.then.scope}
+        return "relation" if "relation" in scopes else "fact"
 
     def fit(self, model: ModelHandle, facts: Splits, site: Site) -> Composition:
         """Fit the first, and the second on the changed model.

@@ -51,9 +51,7 @@ class CausalTrace(Locator):
                 f"{', '.join(self.tracing.kinds)}; add it, or set locate.kind to one of them"
             )
 
-    def locate(
-        self, model: ModelHandle, part: str, place: str | None, evidence: Evidence
-    ) -> Located:
+    def locate(self, model: ModelHandle, part: str, place: str, evidence: Evidence) -> Located:
         """The traced layer, from the lowest that the method has room for, with the largest AIE.
 
         Raises:

@@ -30,25 +30,23 @@ class Fixed(Locator):
         layer = known if self.layer is None else self.layer
         return self if layer is None else {"layer": layer}
 
-    def locate(
-        self, model: ModelHandle, part: str, place: str | None, evidence: Evidence
-    ) -> Located:
+    def locate(self, model: ModelHandle, part: str, place: str, evidence: Evidence) -> Located:
         """`site`; no evidence is looked at."""
         return Located(self.site(model, part, place))
 
-    def site(self, model: ModelHandle, part: str, place: str | None = None) -> Site:
+    def site(self, model: ModelHandle, part: str, place: str) -> Site:
         """The site for a method that changes `part`.
 
         Args:
             model: the model.
             part: of a block.
-            place: the row of `depths`; None for the part's own.
+            place: the row of `depths`; normally the part.
 
         Raises:
             RequestError: out of range, or no layer is known for this model.
         """
         check_choice("part", part, Part)
-        layer = self._layer(model, place or part)
+        layer = self._layer(model, place)
         return Site(model.check_layer(layer), part)  # type: ignore[arg-type]
 
     def _layer(self, model: ModelHandle, place: str) -> int:

@@ -67,15 +67,13 @@ class Locator(ABC):
         return self
 
     @abstractmethod
-    def locate(
-        self, model: ModelHandle, part: str, place: str | None, evidence: Evidence
-    ) -> Located:
+    def locate(self, model: ModelHandle, part: str, place: str, evidence: Evidence) -> Located:
         """The site for a method that changes `part`.
 
         Args:
             model: the unchanged model.
             part: of a block.
-            place: the method's row among a model's usual layers; None for the part's own.
+            place: the method's row among a model's usual layers.
             evidence: what the choice may go by.
 
         Raises:

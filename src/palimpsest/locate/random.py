@@ -17,9 +17,7 @@ class Random(Locator):
 
     layers: list[int] | None = None
 
-    def locate(
-        self, model: ModelHandle, part: str, place: str | None, evidence: Evidence
-    ) -> Located:
+    def locate(self, model: ModelHandle, part: str, place: str, evidence: Evidence) -> Located:
         """A layer that the method has room for; the same for every method that has the same room.
 
         Raises:

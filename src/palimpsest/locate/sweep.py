@@ -27,9 +27,7 @@ class Sweep(Locator):
         """
         check_at_least("locate.stride", self.stride, 1)
 
-    def locate(
-        self, model: ModelHandle, part: str, place: str | None, evidence: Evidence
-    ) -> Located:
+    def locate(self, model: ModelHandle, part: str, place: str, evidence: Evidence) -> Located:
         """The tried layer with the best trial; of several such the lowest.
 
         Raises:

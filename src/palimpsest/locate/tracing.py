@@ -97,12 +97,12 @@ class Tracing:
     corruption: str = "noise"
     noise: float = 3.0
     level: float | None = None
-    samples: int = 10
+    samples: int = 2
     kinds: list[str] = field(default_factory=lambda: ["residual", "mlp", "attention"])
     window: int = 10
     tokens: str = "all"
     layers: list[int] | None = None
-    stride: int = 1
+    stride: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:

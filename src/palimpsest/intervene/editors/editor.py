@@ -21,8 +21,9 @@ from palimpsest.intervene.changes.composition import History, Parts
 from palimpsest.intervene.editors.prefixes import Prefixes, SampledPrefixes, in_contexts
 from palimpsest.intervene.editors.solving import Inverse, change_norm
 from palimpsest.intervene.editors.values import Values, ValueSearch
-from palimpsest.intervene.intervention import Intervention
-from palimpsest.intervene.moments import Moments, MomentSource, Second
+from palimpsest.intervene.intervention import Intervention, Method
+from palimpsest.intervene.method import MethodBase
+from palimpsest.intervene.moments import Moments, MomentSource, SampledMoments, Second
 from palimpsest.model.forward import keys
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site, check_choice
@@ -49,7 +50,7 @@ class Editing(ABC):
 
 
 @dataclass(frozen=True)
-class Editor(ABC):
+class Editor(MethodBase, ABC):
     """A method that writes facts into W_out.
 
     Attributes:
@@ -130,9 +131,18 @@ class ValueEditor(Editor):
         prefixes: Prefixes = self.prefixes
         return prefixes.texts(model)
 
-    def moment_layers(self, site: Site) -> tuple[int, ...]:
+    def moment_layers(self, model: ModelHandle, site: Site) -> tuple[int, ...]:
         """The layers whose second moments it takes."""
         return (site.layer,)
+
+    def sampled_moments(self, model: ModelHandle, site: Site) -> SampledMoments | None:
+        """Those of `moments`, where it takes any and they are over sampled text."""
+        layers = self.moment_layers(model, site)
+        return self.moment_source.sampled(model, layers) if layers else None
+
+    def with_moments(self, tokens: int, length: int) -> Method:
+        """The same with other `moments`."""
+        return replace(self, moments=self.moment_source.over(tokens, length))
 
     @property
     def moment_source(self) -> MomentSource:

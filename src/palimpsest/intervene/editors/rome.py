@@ -57,7 +57,7 @@ class Rome(ValueEditor):
         super().__post_init__()
         check_choice("intervene.variant", self.variant, Variant)
 
-    def moment_layers(self, site: Site) -> tuple[int, ...]:
+    def moment_layers(self, model: ModelHandle, site: Site) -> tuple[int, ...]:
         """The site's; none if `plain`."""
         return (site.layer,) if self.variant == "moments" else ()
 

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from palimpsest.intervene.editors.editor import (
     sink_rows,
     surviving,
 )
+from palimpsest.intervene.editors.prefixes import SampledPrefixes
 from palimpsest.intervene.editors.solving import Inverse, ridge
 from palimpsest.intervene.editors.values import ValueSearch
 from palimpsest.model.forward import features
@@ -43,10 +45,12 @@ class Spread(ValueEditor):
     Attributes:
         span: how many layers are changed; the last is the located one.
         search: how z is found.
+        prefixes: where context prefixes come from.
     """
 
     span: int = 5
     search: ValueSearch = field(default_factory=lambda: ValueSearch(clamp=0.75))
+    prefixes: Any = field(default_factory=lambda: SampledPrefixes(lengths=[10]))
 
     def __post_init__(self) -> None:
         """Check protocol and span.
@@ -80,7 +84,7 @@ class Spread(ValueEditor):
             )
         return tuple(range(site.layer - self.span + 1, site.layer + 1))
 
-    def moment_layers(self, site: Site) -> tuple[int, ...]:
+    def moment_layers(self, model: ModelHandle, site: Site) -> tuple[int, ...]:
         """All changed ones."""
         return self.layers(site)
 

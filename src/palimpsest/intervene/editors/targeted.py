@@ -110,6 +110,10 @@ class Targeted(ValueEditor):
         layers = (site.layer + self.stride * step for step in steps)
         return tuple(layer for layer in layers if 0 <= layer < model.n_layers)
 
+    def moment_layers(self, model: ModelHandle, site: Site) -> tuple[int, ...]:
+        """All changed ones."""
+        return self.layers(model, site)
+
     def begin(self, model: ModelHandle, site: Site) -> "_Targeted":
         """Factor C of every layer, sample the prefixes.
 

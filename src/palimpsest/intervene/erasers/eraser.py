@@ -22,6 +22,7 @@ from palimpsest.facts.splits import Splits
 from palimpsest.intervene.changes.composition import Composition, joined
 from palimpsest.intervene.changes.erasure import Erasure
 from palimpsest.intervene.intervention import Intervention
+from palimpsest.intervene.method import MethodBase
 from palimpsest.model.forward import features
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change, Part, Policy, Position, Site, check_choice
@@ -81,7 +82,7 @@ class Concept:
 
 
 @dataclass(frozen=True)
-class Eraser(ABC):
+class Eraser(MethodBase, ABC):
     """*Which object* of a relation, made harder to read at one site or at several.
 
     Attributes:
