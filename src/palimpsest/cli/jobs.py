@@ -120,7 +120,7 @@ def _run(config: DictConfig, command: str) -> None:
     """One run: check the types, build the parts, run, say where the results are."""
     from hydra.core.hydra_config import HydraConfig
 
-    check_config(config)
+    config = check_config(config)
     hydra = HydraConfig.get()
     choices, name = hydra.runtime.choices, _method(hydra)
     _quiet()
@@ -163,7 +163,7 @@ def _trace(config: DictConfig, command: str) -> None:
     """The same for one trace."""
     from hydra.core.hydra_config import HydraConfig
 
-    check_config(config, "trace")
+    config = check_config(config, "trace")
     choices = HydraConfig.get().runtime.choices
     _quiet()
     from palimpsest.tracing import TraceExperiment, trace
@@ -214,7 +214,7 @@ def compose_parts(words: Sequence[str]) -> Any:
     try:
         with initialize_config_dir(str(resource("conf")), version_base="1.3"):
             config = compose("run", list(words))
-        check_config(config)
+        config = check_config(config)
     except Exception as error:
         raise as_request(error) from error
     _quiet()
