@@ -1,16 +1,15 @@
 """The configuration: where it is, whether it fits the dataclasses, what to say if it does not."""
 
-import inspect
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from palimpsest.cli.conversion import convert, part, target, unknown
 from palimpsest.errors import RequestError, nearest
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -49,108 +48,61 @@ def resource(name: str) -> Path:
 
 
 def check_config(config: DictConfig, command: str = "run") -> DictConfig:
-    """Hold the whole configuration of a command against the dataclasses.
+    """The whole configuration of a command, every value as the dataclasses declare it.
+
+    Returns:
+        what the parts are made from, without interpolations.
 
     Raises:
         RequestError: an unknown key or a value of the wrong type.
     """
     valid = KEYS[command]
-    for name in valid:
-        if name in OWN and type(config.get(name)) is not OWN[name]:
-            raise RequestError(_wrong_type(name, OWN[name], config.get(name)))
+    own = {name: convert(OWN[name], config.get(name), name) for name in valid if name in OWN}
     for key in map(str, config):
         if key not in valid:
-            raise RequestError(_unknown(key, valid))
-    for part in PARTS:
-        if part == "evaluate" and part in valid:
-            for name in config[part]:
-                _check_types(config[part][name], f"{part}.{name}")
-        elif part in valid:
-            _check_types(config[part], part)
-    if "intervene" in valid:
-        _check_method(config.intervene)
-    return config
+            raise RequestError(unknown(key, valid))
+    parts = {name: _part(config, name) for name in PARTS if name in valid}
+    if "intervene" in parts:
+        _check_method(parts["intervene"])
+    return _plain({**parts, **own})
 
 
-def _check_types(node: DictConfig, path: str) -> None:
-    """Hold a configuration node against the dataclass that its `_target_` names."""
-    target = _target(node, path)
-    schema = OmegaConf.structured(target)
-    OmegaConf.set_readonly(schema, False)
-    OmegaConf.set_struct(schema, False)
-    kinds = get_type_hints(target)
-    known = {each.name for each in fields(target) if each.init}
-    for field in fields(target):
-        if field.init and _needed(field) and field.name not in node:
-            raise RequestError(
-                f"expected {path}.{field.name}, found none; leave it in the configuration"
-            )
-    for key in node:
-        name = str(key)
-        if name == "_target_":
-            continue
-        if name not in known:
-            raise RequestError(_unknown(f"{path}.{name}", [f"{path}.{k}" for k in known]))
-        value = node[name]
-        if isinstance(value, DictConfig) and "_target_" in value:
-            _check_types(value, f"{path}.{name}")
-            continue
-        _check_value(schema, name, value, f"{path}.{name}", kinds[name])
+def check_part(config: DictConfig, name: str) -> DictConfig:
+    """One part's configuration, every value as its dataclass declares it.
+
+    Raises:
+        RequestError: an unknown key or a value of the wrong type.
+    """
+    return _plain(_part(config, name))
 
 
-def _needed(field: Field[Any]) -> bool:
-    return field.default is MISSING and field.default_factory is MISSING
+def _part(config: DictConfig, name: str) -> dict[str, Any]:
+    node = config[name]
+    if OmegaConf.is_config(node):
+        node = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    if name == "evaluate" and isinstance(node, dict):
+        return {str(key): part(measure, f"{name}.{key}") for key, measure in node.items()}
+    return part(node, name)
 
 
-def _target(node: DictConfig, path: str) -> type:
-    """The dataclass that a node names."""
-    from hydra.utils import get_class
-
-    name = node.get("_target_")
-    try:
-        found = get_class(str(name))
-    except (ImportError, ValueError) as error:
-        raise RequestError(
-            f"expected {path}._target_ to name a class, found {name!r} "
-            f"({' '.join(str(error).split())[:160]}); correct it"
-        ) from error
-    if not is_dataclass(found):
-        raise RequestError(
-            f"expected {path}._target_ to name a dataclass, found {name!r}; decorate the class"
-        )
-    if inspect.isabstract(found):
-        raise RequestError(
-            f"expected {path}._target_ to name a class that is whole, found {name!r} without "
-            f"{min(found.__abstractmethods__)}; write it, or name a class that derives from it"
-        )
-    return found
-
-
-def _check_method(node: DictConfig) -> None:
+def _check_method(node: dict[str, Any]) -> None:
     """Hold the class of the method against what is asked of one."""
     from palimpsest.intervene.method import check_method
 
-    check_method(_target(node, "intervene"), "intervene")
+    check_method(target(node, "intervene"), "intervene")
 
 
-def _check_value(schema: Any, name: str, value: Any, path: str, kind: Any) -> None:
-    if isinstance(value, DictConfig | ListConfig):
-        value = OmegaConf.to_container(value, resolve=True)
-    if kind is Any:
-        raise RequestError(
-            f"expected {path} to be a part with a _target_, found {value!r}; "
-            f"leave it as it is, or set {path}._target_"
-        )
-    try:
-        schema[name] = value
-    except OmegaConfBaseException as error:
-        raise RequestError(_wrong_type(path, kind, value)) from error
+def _plain(values: dict[str, Any]) -> DictConfig:
+    """A configuration of these very values: no text in it is an interpolation."""
+    return OmegaConf.create(_escaped(values))
 
 
-def _wrong_type(path: str, kind: Any, value: Any) -> str:
-    wanted = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
-    wanted = wanted.replace("None", "null")
-    return f"expected {path} to be {wanted}, found {value!r}; set {path} to such a value"
+def _escaped(value: Any) -> Any:
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    return [_escaped(item) for item in value] if isinstance(value, list) else value
 
 
 def as_request(error: Exception) -> Exception:
@@ -178,7 +130,7 @@ def _explained(error: Exception) -> str:
             f"(intervene=erase_then_edit or edit_then_erase), found {key[1]!r}; choose a pair too"
         )
     if key:
-        return _unknown(key[1], _valid_keys())
+        return unknown(key[1], _valid_keys())
     if isinstance(error, OverrideParseException):
         cause = text.splitlines()[0]
         return (
@@ -196,16 +148,6 @@ def _explained(error: Exception) -> str:
         f"expected a valid configuration, found: {' '.join(text.split())}; "
         "see `palimpsest run --help`"
     )
-
-
-def _unknown(name: str, valid: Sequence[str]) -> str:
-    if name in valid:
-        group = name.split(".")[0]
-        return (
-            f"expected a key of the chosen {group}, found {name!r}, which only another {group} "
-            "has; `palimpsest run --cfg job` shows the keys"
-        )
-    return f"expected a known configuration key, found {name!r}; {nearest(name, valid)}"
 
 
 def _unknown_choice(group: str, found: str, valid: Sequence[str]) -> str:

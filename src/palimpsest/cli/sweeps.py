@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from palimpsest.cli.configuration import resource
+from palimpsest.cli.configuration import check_part, resource
 from palimpsest.cli.words import quoted
 from palimpsest.errors import RequestError
 
@@ -20,7 +20,7 @@ def results_directory(words: Sequence[str], name: str = "run") -> Path:
 
     with initialize_config_dir(str(resource("conf")), version_base="1.3"):
         config = compose(name, [word for word in words if re.match(r"[+~]*record\b", word)])
-    return Path(instantiate(config.record).directory)
+    return Path(instantiate(check_part(config, "record")).directory)
 
 
 def sweep_overrides(file: Path) -> list[str]:
