@@ -94,7 +94,8 @@ def _check_method(node: dict[str, Any]) -> None:
 
 def _plain(values: dict[str, Any]) -> DictConfig:
     """A configuration of these very values: no text in it is an interpolation."""
-    return OmegaConf.create(_escaped(values))
+    config: DictConfig = OmegaConf.create(_escaped(values))
+    return config
 
 
 def _escaped(value: Any) -> Any:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from palimpsest.cli.configuration import as_request, resource
 from palimpsest.cli.words import explained
@@ -85,7 +85,9 @@ class Grid:
         from hydra._internal.utils import create_config_search_path, get_args_parser
         from hydra.core.config_search_path import SearchPathQuery
         from hydra.types import RunMode
+        from hydra.version import setbase
 
+        setbase("1.3")
         options = get_args_parser().parse_args(list(words))
         search = create_config_search_path(f"file://{resource('conf')}")
         if options.config_dir is not None:
@@ -124,6 +126,8 @@ class Grid:
         try:
             config = self.each(job)
             HydraConfig.instance().set_config(config)
+            with open_dict(config):
+                del config["hydra"]
             same, done = look(config)
         except Exception as error:
             return Planned(name, job, wrong=Outcome(*explained(as_request(error))))
