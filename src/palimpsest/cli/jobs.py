@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from palimpsest.cli.configuration import as_request, check_config, resource
+from palimpsest.cli.signals import stoppable
 from palimpsest.cli.words import CONSOLE, complain, say, tell
 from palimpsest.errors import RequestError
 from palimpsest.record.redact import redacted, without_secrets
@@ -46,7 +47,8 @@ def _hand_over(name: str, work: Job, words: Sequence[str]) -> int:
     @hydra.main(version_base="1.3", config_path=str(resource("conf")), config_name=name)
     def job(config: DictConfig) -> None:
         try:
-            work(config, command)
+            with stoppable():  # a launcher's worker has not passed through `main`
+                work(config, command)
         except Exception as error:
             if os.getpid() != here:  # another process: only an exception tells the launcher
                 raise
