@@ -29,6 +29,22 @@ class WriteError(Exception):
     """
 
 
+class Stopped(BaseException):
+    """A signal asked the process to end.
+
+    As with `KeyboardInterrupt`, code that goes on after an `Exception` does not go on after it.
+    The message is `stopped by SIGTERM`; the command prints it and exits with code 1.
+    """
+
+    def __init__(self, signal: str) -> None:
+        """Take the signal's name, e.g. `SIGTERM`."""
+        super().__init__(signal)
+
+    def __str__(self) -> str:
+        """What run.json tells."""
+        return f"stopped by {self.args[0]}"
+
+
 def check_at_least(name: str, value: float, least: int) -> None:
     """Refuse a number that is too small.
 

@@ -18,7 +18,7 @@ import pytest
 import palimpsest
 from palimpsest.evaluate.recoverability import Recoverability
 from palimpsest.record.row import SCHEMA_VERSION
-from palimpsest.record.store import Run, load_runs
+from palimpsest.record.store import Run, load_runs, load_unfinished
 
 KILLS = 5
 """Of each directory."""
@@ -35,7 +35,7 @@ def ended(child):
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 for line in sys.stdin:
-    cache, words, place, begun, delay = json.loads(line)
+    cache, words, place, begun, delay, number = json.loads(line)
     os.environ["PALIMPSEST_CACHE"] = cache
     before = written()
     child = os.fork()
@@ -49,7 +49,7 @@ for line in sys.stdin:
         while begun and written() == before and not ended(child):
             time.sleep(0.002)
         time.sleep(delay)
-        os.kill(child, signal.SIGKILL)
+        os.kill(child, number)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 """Imports everything once, then runs `palimpsest` in a process of its own for every line."""
@@ -67,10 +67,16 @@ class Host:
 
     def run(self, cache: Path, words: Sequence[str], place: Path) -> int:
         """The exit code of one command."""
-        return self._ask(cache, words, place, False, None)
+        return self._ask(cache, words, place, False, None, 0)
 
     def kill(
-        self, cache: Path, words: Sequence[str], place: Path, begun: bool, delay: float
+        self,
+        cache: Path,
+        words: Sequence[str],
+        place: Path,
+        begun: bool,
+        delay: float,
+        number: int = signal.SIGKILL,
     ) -> bool:
         """Whether one command was killed: False if it had ended.
 
@@ -80,13 +86,14 @@ class Host:
             place: where its results go.
             begun: count from the moment at which the run's directory is opened.
             delay: in seconds.
+            number: of the signal; one that the command can hear ends it with exit code 1.
         """
-        code = self._ask(cache, words, place, begun, delay)
-        assert code in (0, -signal.SIGKILL)
+        code = self._ask(cache, words, place, begun, delay, number)
+        assert code in (0, -number if number == signal.SIGKILL else 1)
         return code != 0
 
-    def _ask(self, cache, words, place, begun, delay) -> int:
-        asked = json.dumps([str(cache), words, str(place), begun, delay])
+    def _ask(self, cache, words, place, begun, delay, number) -> int:
+        asked = json.dumps([str(cache), words, str(place), begun, delay, number])
         print(asked, file=self.process.stdin, flush=True)
         return int(self.process.stdout.readline())
 
@@ -163,6 +170,26 @@ def test_a_run_killed_at_any_moment_ends_as_one_never_killed(host, few, tmp_path
                 shutil.rmtree(place)
         assert host.run(tmp_path / "cache", words, place) == 0
         check_like(only(place), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_run_that_is_asked_to_end_says_so_and_is_taken_up(host, few, done, tmp_path, number):
+    words, seconds = ["run", *few, "intervene=leace"], done["leace"].run["seconds"]
+    work = seconds["prepare"] + seconds["fit"] + seconds["measure"]
+    moments, stops = random.Random(number), 0
+    while stops < KILLS:
+        delay = moments.uniform(0, work)
+        if host.kill(tmp_path / "cache", words, tmp_path / "one", True, delay, number):
+            stops += 1
+            [run] = load_unfinished(tmp_path / "one")
+            name = signal.Signals(number).name
+            error = "KeyboardInterrupt" if number == signal.SIGINT else f"stopped by {name}"
+            assert (run["status"], run["error"]) == ("failed", error)
+        else:
+            shutil.rmtree(tmp_path / "one")
+    assert host.run(tmp_path / "cache", words, tmp_path / "one") == 0
+    check_like(only(tmp_path / "one"), done["leace"])
 
 
 @pytest.mark.slow

@@ -172,7 +172,7 @@ def test_a_report_without_room_leaves_the_one_before(call, few, small):
 @contextmanager
 def without_room(name: str, when: str) -> Iterator[None]:
     """Every write of a file of this name fails, before or after there is a temporary file."""
-    make, move = files._temporary, Path.replace
+    make, move = files.temporary_beside, Path.replace
 
     def temporary(path: Path) -> Path:
         if when == "before" and re.fullmatch(name, path.name):
@@ -185,7 +185,7 @@ def without_room(name: str, when: str) -> Iterator[None]:
         return move(path, target)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "_temporary", temporary)
+        patch.setattr(files, "temporary_beside", temporary)
         patch.setattr(Path, "replace", replace)
         yield
 

@@ -4,12 +4,14 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias
 
 from palimpsest import __version__
+from palimpsest.cli.signals import stoppable
 from palimpsest.cli.words import Parser, Screen, quoted, say, tell
-from palimpsest.errors import RequestError
+from palimpsest.errors import RequestError, Stopped
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
@@ -69,6 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 done, 1 the work failed, 2 the request was wrong.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    with stoppable():
+        return _outcome(words)
+
+
+def _outcome(words: list[str]) -> int:
+    """The exit code of the command; an error is told."""
     try:
         if "_ARGCOMPLETE" in os.environ:
             _answer()
@@ -78,6 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(options.call(options))
     except KeyboardInterrupt:
         say("interrupted")
+        return 1
+    except Stopped as stop:
+        with suppress(OSError):  # after SIGHUP the terminal may be gone
+            say(str(stop))
         return 1
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1

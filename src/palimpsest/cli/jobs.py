@@ -69,7 +69,7 @@ def _one(name: str, work: Work) -> int:
 
     @hydra.main(version_base="1.3", config_path=str(resource("conf")), config_name=name)
     def job(config: DictConfig) -> None:
-        found.append(perform(work, config))
+        found.append(perform(work, os.getpid(), config))
 
     job()
     for outcome in found:

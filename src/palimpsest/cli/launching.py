@@ -12,8 +12,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from palimpsest.cli.configuration import as_request, resource
+from palimpsest.cli.signals import stoppable
 from palimpsest.cli.words import explained
-from palimpsest.errors import RequestError
+from palimpsest.errors import RequestError, Stopped
 
 MOST_JOBS = 10_000
 """Jobs of a grid, at most: counted before any is made."""
@@ -56,13 +57,23 @@ class Planned:
     wrong: Outcome | None = None
 
 
-def perform(work: Work, config: DictConfig) -> Outcome:
+def perform(work: Work, home: int, config: DictConfig) -> Outcome:
     """Do one job, in whatever process; a failure is its outcome and no exception.
 
     An exception would be told by each launcher in a way of its own, and by some for one job alone.
+
+    Args:
+        work: the job.
+        home: the process of the command; a signal that stops it stops all jobs.
+        config: the job's configuration.
     """
     try:
-        work(config)
+        with stoppable():  # a launcher's worker has not passed through `main`
+            work(config)
+    except Stopped as stop:
+        if os.getpid() == home:
+            raise
+        return Outcome(1, f"error: {stop}")
     except Exception as error:
         return Outcome(*explained(as_request(error)))
     return Outcome()
@@ -145,7 +156,7 @@ class Grid:
 
         context = HydraContext(self._hydra.config_loader, Callbacks(self.config))
         launcher = Plugins.instance().instantiate_launcher(
-            context, partial(perform, work), self.config
+            context, partial(perform, work, os.getpid()), self.config
         )
         try:
             returned = launcher.launch([job.overrides for job in jobs], initial_job_idx=0)

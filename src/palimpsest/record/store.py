@@ -17,7 +17,7 @@ from typing import Any, Self
 import duckdb
 import safetensors
 
-from palimpsest.errors import RequestError, WriteError
+from palimpsest.errors import RequestError, Stopped, WriteError
 from palimpsest.files import atomic, fingerprint, write_json, write_text, writing
 from palimpsest.record.redact import one_line
 from palimpsest.record.row import SCHEMA_VERSION, Row
@@ -351,7 +351,8 @@ class RunStore:
         """
         if not is_done(self.directory):
             with suppress(RequestError, WriteError):
-                self.update(status="failed", error=one_line(error))
+                cause = str(error) if isinstance(error, Stopped) else error
+                self.update(status="failed", error=one_line(cause))
 
     def _source(self) -> str:
         """The rows so far, as SQL."""
