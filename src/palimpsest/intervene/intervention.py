@@ -92,20 +92,48 @@ class Intervention(ABC):
         """
         raise TypeError(f"{self.kind} cannot be added to")
 
-    @contextmanager
-    def applied(self, handle: ModelHandle) -> Iterator[None]:
-        """Change the model while the context lasts.
+    def alone(self, fact: int) -> "Intervention":
+        """The change of one fact, as one that every prompt feels.
+
+        Args:
+            fact: its place among the target facts.
 
         Raises:
-            RequestError: the intervention was fitted on another model.
+            TypeError: the facts' changes do not stand apart.
+        """
+        raise TypeError(f"{self.kind} holds no change of one fact")
+
+    @contextmanager
+    def applied(self, handle: ModelHandle, owner: int | None = None) -> Iterator[None]:
+        """Change the model while the context lasts, for whoever calls it.
+
+        Args:
+            handle: the model.
+            owner: of an independent change, the fact whose change every row of every forward pass
+                feels, whatever owner it brings: what stands in weights is really changed, as
+                `palimpsest apply` does. None: each row of our own forward passes feels its owner's
+                change, and calls by other code are refused.
+
+        Raises:
+            RequestError: the intervention was fitted on another model, all facts share one change,
+                or there is no such fact.
         """
         self.check_model(handle)
-        with self.changing(handle):
-            handle.changes.append(self.digest)
+        change = self if owner is None else self._of(owner)
+        with change.changing(handle):
+            handle.changes.append(change.digest)
             try:
                 yield
             finally:
                 handle.changes.pop()
+
+    def _of(self, owner: int) -> "Intervention":
+        if not self.change.independent:
+            raise RequestError(
+                f"expected an owner of independent changes alone, found owner={owner} with one "
+                "change for all facts; leave owner out"
+            )
+        return self.alone(owner)
 
     def check_model(self, handle: ModelHandle) -> None:
         """Refuse a model other than the one that the intervention was fitted on.

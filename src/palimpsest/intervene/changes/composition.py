@@ -32,6 +32,11 @@ class Parts(Intervention):
             for name, tensor in part.tensors().items()
         }
 
+    def alone(self, fact: int) -> Self:
+        """With the parts' changes of that fact, and the parts that all facts share."""
+        parts = tuple(p.alone(fact) if p.change.independent else p for p in self.parts)
+        return replace(self, change=replace(self.change, independent=False), parts=parts)
+
     def describe(self) -> dict[str, Any]:
         """With the parts' own descriptions."""
         return super().describe() | {"parts": [part.describe() for part in self.parts]}
