@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from palimpsest.intervene.intervention import Intervention
+from palimpsest.intervene.intervention import Intervention, described
 from palimpsest.model.difference import Difference
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change
@@ -49,12 +49,15 @@ class Parts(Intervention):
         kinds: Mapping[str, type[Intervention]],
     ) -> Self:
         """The intervention that `save` described."""
-        parts = []
-        for number, part in enumerate(description["parts"]):
-            lead = f"{number}."
-            mine = {n.removeprefix(lead): t for n, t in tensors.items() if n.startswith(lead)}
-            parts.append(kinds[part["kind"]].from_saved(part, mine, kinds))
-        return cls._from_parts(description, tuple(parts))
+        by_part: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            number, _, own = name.partition(".")
+            by_part.setdefault(number, {})[own] = tensor
+        parts = tuple(
+            kinds[part["kind"]].from_saved(part, by_part.get(str(number), {}), kinds)
+            for number, part in enumerate(description["parts"])
+        )
+        return cls._from_parts(description, parts)
 
     @classmethod
     @abstractmethod
@@ -92,8 +95,7 @@ class Composition(Parts):
 
     @classmethod
     def _from_parts(cls, description: Mapping[str, Any], parts: tuple[Intervention, ...]) -> Self:
-        change = Change(**description["change"])
-        return cls(change=change, model=description["model"], parts=parts)
+        return cls(change=described(description), model=description["model"], parts=parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +134,9 @@ class History(Parts):
 
     @classmethod
     def _from_parts(cls, description: Mapping[str, Any], parts: tuple[Intervention, ...]) -> Self:
-        change, steps = Change(**description["change"]), tuple(description["steps"])
+        change, steps = described(description), tuple(description["steps"])
+        if not parts or [type(step) for step in steps] != [int] * len(parts):
+            raise TypeError("a history without a step for each part")
         return cls(change=change, model=description["model"], parts=parts, steps=steps)
 
 
