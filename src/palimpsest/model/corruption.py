@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from palimpsest.model.calls import Call
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.tokens import Tokens
 
@@ -61,9 +62,11 @@ def corrupted(handle: ModelHandle, noise: Tensor) -> Iterator[None]:
     width = noise.shape[1]
 
     def add(embedded: Tensor) -> Tensor:
-        batch = handle.under_way
+        batch = handle.running
+        if batch is None or isinstance(batch, Call):
+            raise RuntimeError("noise needs a batch with subjects: use model.forward")
         place = batch.positions - batch.subject_last.unsqueeze(1) + width - 1
-        owned = (batch.owners() >= 0) & (batch.subject_last >= 0)
+        owned = (batch.owner >= 0) & (batch.subject_last >= 0)
         inside = (place >= 0) & (place < width) & owned.unsqueeze(1)
         chosen = noise[batch.owner.clamp(min=0).unsqueeze(1), place.clamp(0, width - 1)]
         return embedded + (chosen * inside.unsqueeze(-1)).to(embedded)
