@@ -120,9 +120,8 @@ class Pretrained:
         if found is not None:
             raise RequestError(
                 f"expected a whole model at model.path, found adapters of PEFT in {source!r}; "
-                "merge them first, by AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload()"
-                ".save_pretrained(DIRECTORY), save the tokenizer there too, and set "
-                "model.path=DIRECTORY"
+                "merge them first (AutoPeftModelForCausalLM.from_pretrained, merge_and_unload, "
+                "save_pretrained), save the tokenizer beside them and set model.path to that place"
             )
 
     def _device(self) -> torch.device:
