@@ -81,7 +81,7 @@ def choose(directory: Path, fact: str | None = None, step: int | None = None) ->
     change = whole if step is None else _at(whole, step)
     run = _folder(directory).parent
     if whole.change.independent or fact is not None:
-        change = alone(change, _number(whole, run, fact))
+        change = change.alone(_number(whole, run, fact))
     return Chosen(change, whole.digest, whole.kind, fact, step, _dtype(run))
 
 
@@ -184,21 +184,6 @@ def _dtype(run: Path) -> str | None:
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return str(found)
-
-
-def alone(change: Intervention, number: int) -> Intervention:
-    """The change of one fact, as one that every prompt feels.
-
-    Args:
-        change: an independent one, of weights.
-        number: the fact's place among the target facts.
-    """
-    shared = replace(change.change, independent=False)
-    if isinstance(change, Parts):
-        parts = tuple(alone(part, number) for part in change.parts)
-        return replace(change, change=shared, parts=parts)
-    mine: dict[str, Any] = {n: t[number : number + 1] for n, t in change.tensors().items()}
-    return replace(change, change=shared, **mine)
 
 
 # -- what is recorded ------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from palimpsest import apply as applying
-from palimpsest.apply import ORIGINAL, RECORD, Chosen, alone, apply, choose, undo
+from palimpsest.apply import ORIGINAL, RECORD, Chosen, apply, choose, undo
 from palimpsest.errors import RequestError, WriteError
 from palimpsest.intervene.changes.composition import Composition, History
 from palimpsest.intervene.changes.deltas import ReaderDeltas, WeightDeltas
@@ -239,7 +239,7 @@ def test_the_change_of_one_fact_is_its_own(make: Make, kind: str) -> None:
     change = OWN[kind](place.source.load())
     apply(place.source, choose(saved(place, change), fact="b"), place.out)
     check_equal(state(place.out), literal(place, change, fact=1))
-    assert not alone(change, 1).change.independent
+    assert not change.alone(1).change.independent
 
 
 def test_a_checkpoint_of_a_history_is_taken(make: Make) -> None:

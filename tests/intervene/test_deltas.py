@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from palimpsest.errors import RequestError
 from palimpsest.facts.fact import Prompt
 from palimpsest.intervene.changes.deltas import WeightDeltas
 from palimpsest.intervene.editors.prefixes import GivenPrefixes
@@ -141,7 +142,7 @@ def test_romes_deltas_are_felt_as_changed_weights(model: ModelHandle) -> None:
 def test_a_delta_outside_a_batch_with_owners_is_refused(model: ModelHandle) -> None:
     with (
         deltas_of(model).applied(model),
-        pytest.raises(RuntimeError, match=r"batch with owners: use model\.forward"),
+        pytest.raises(RequestError, match=r"expected an owner"),
     ):
         model.model(torch.tensor([[1, 2]]))
 

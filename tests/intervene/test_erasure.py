@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from palimpsest.errors import RequestError
 from palimpsest.facts.fact import Prompt
 from palimpsest.intervene.changes.erasure import Erasure
 from palimpsest.model.forward import capturing, forward, greedy
@@ -115,12 +116,12 @@ def test_a_text_grown_token_by_token_is_erased_as_in_whole_passes(model: ModelHa
     assert torch.equal(before, grown())
 
 
-def test_an_erasure_outside_a_batch_with_positions_is_refused(model: ModelHandle) -> None:
+def test_an_erasure_in_a_part_called_by_itself_is_refused(model: ModelHandle) -> None:
     with (
-        eraser(model, "all").applied(model),
-        pytest.raises(RuntimeError, match=r"batch with positions: use model\.forward"),
+        eraser(model, "all", "mlp").applied(model),
+        pytest.raises(RequestError, match=r"expected a call of the whole model"),
     ):
-        model.model(torch.tensor([[1, 2]]))
+        model.module(Site(LAYER, "mlp"))(torch.zeros(1, 2, model.w_out(LAYER).shape[1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -1,14 +1,17 @@
 """What is saved comes back bit for bit, and damage is told from data."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from palimpsest.errors import RequestError
+from palimpsest.intervene.changes.composition import Composition, History
 from palimpsest.intervene.changes.deltas import ReaderDeltas, WeightDeltas
 from palimpsest.intervene.changes.erasure import Erasure
 from palimpsest.intervene.controls import NoChange
@@ -139,6 +142,26 @@ def other_tensors(directory: Path, name: str) -> None:
     (directory / "other" / TENSORS).replace(directory / TENSORS)
 
 
+def enlarge(path: Path) -> None:
+    """Make a file of 65 MB, which takes no room on the disk."""
+    with path.open("r+b") as file:
+        file.truncate(65 * 2**20)
+
+
+def pipe(path: Path) -> None:
+    """Put a pipe that nobody writes to in a file's place."""
+    path.unlink()
+    os.mkfifo(path)
+
+
+def nest(path: Path) -> None:
+    """A composition of one part, which is a composition of one part, and so on."""
+    whole = json.loads(path.read_text()) | {"kind": "composition", "shapes": {}}
+    raw = json.dumps(whole).removesuffix("}") + ', "parts": ['
+    path.write_text(raw * 20 + "]}" * 20)
+    safetensors.torch.save_file({}, path.with_suffix(".safetensors"))
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "no description": lambda d: (d / DESCRIPTION).unlink(),
     "no tensors": lambda d: (d / TENSORS).unlink(),
@@ -156,6 +179,28 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "no model": lambda d: edit(d, lambda j: j.pop("model")),
     "no change": lambda d: edit(d, lambda j: j.pop("change")),
     "unknown part of the change": lambda d: edit(d, lambda j: j["change"].update(colour="red")),
+    "brackets": lambda d: (d / DESCRIPTION).write_text("[" * 10**6),
+    "brackets in a key": lambda d: (d / DESCRIPTION).write_text('{"change":' * 10**5),
+    "too large": lambda d: enlarge(d / DESCRIPTION),
+    "a pipe": lambda d: pipe(d / DESCRIPTION),
+    "tensors in a pipe": lambda d: pipe(d / TENSORS),
+    "a directory": lambda d: ((d / DESCRIPTION).unlink(), (d / DESCRIPTION).mkdir()),
+    "a kind of another type": lambda d: edit(d, lambda j: j.update(kind=[])),
+    "a model of another type": lambda d: edit(d, lambda j: j.update(model=5)),
+    "a change of another type": lambda d: edit(d, lambda j: j.update(change=[1])),
+    "a flag of another type": lambda d: edit(d, lambda j: j["change"].update(independent=[])),
+    "a layer of another type": lambda d: edit(d, lambda j: j["change"].update(layer="3")),
+    "a layer below none": lambda d: edit(d, lambda j: j["change"].update(layer=-1)),
+    "a policy that is none": lambda d: edit(d, lambda j: j["change"].update(policy="some")),
+    "a site of another type": lambda d: edit(d, lambda j: j["change"].update(part={})),
+    "failures of another type": lambda d: edit(d, lambda j: j["change"].update(failed=3)),
+    "causes of another type": lambda d: edit(d, lambda j: j["change"].update(failed={"a": 3})),
+    "a name of two lines": lambda d: edit(d, lambda j: j["change"].update({"a\nb": 1})),
+    "parts of another type": lambda d: edit(d, lambda j: j.update(kind="composition", parts=7)),
+    "no parts": lambda d: edit(d, lambda j: j.update(kind="composition")),
+    "a number for a part": lambda d: edit(d, lambda j: j.update(kind="history", parts=[7])),
+    "parts in parts": lambda d: nest(d / DESCRIPTION),
+    "no steps": lambda d: edit(d, lambda j: j.update(kind="history", parts=[], steps=[])),
     "another's tensors": lambda d: other_tensors(d, "erasure"),
     "tensors of other shapes": lambda d: other_tensors(d, "joint, not contiguous"),
 }
@@ -166,8 +211,10 @@ def test_what_is_damaged_or_missing_is_refused(damage: str, tmp_path: Path) -> N
     INTERVENTIONS["independent"].save(tmp_path)
     DAMAGE[damage](tmp_path)
     message = f"expected a saved intervention .* in {tmp_path}, found .*; name a run's"
-    with pytest.raises(RequestError, match=message):
-        load(tmp_path, kinds=KINDS)
+    with pytest.raises(RequestError, match=message) as refused:
+        load(tmp_path, kinds=[*KINDS, Composition, History])
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 1000
 
 
 def test_a_kind_that_may_not_stand_there_is_refused(tmp_path: Path) -> None:

@@ -73,6 +73,19 @@ def test_an_unknown_precision_is_refused(tmp_path: Path) -> None:
     assert "found 'float64'; did you mean 'float16'" in message
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["alone", "beside a model"])
+def test_adapters_are_refused_with_the_way_to_merge_them(whole: bool, tmp_path: Path) -> None:
+    base, place = save(tmp_path / "base"), tmp_path / "adapters"
+    place.mkdir()
+    if whole:
+        save(place)
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(base), "target_modules": ["up"]}
+    (place / "adapter_config.json").write_text(json.dumps(config))
+    message = refusal(place)
+    assert f"expected a whole model at model.path, found adapters of PEFT in '{place}'" in message
+    assert "merge_and_unload()" in message
+
+
 @pytest.mark.parametrize("name", ["nowhere", "a/b/nowhere"])
 def test_nothing_at_the_path_is_refused(tmp_path: Path, name: str) -> None:
     message = refusal(tmp_path / name)

@@ -12,20 +12,32 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, get_args
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from palimpsest.errors import RequestError
+from palimpsest.errors import RequestError, visible
 from palimpsest.facts.splits import Splits
 from palimpsest.files import atomic, write_json
 from palimpsest.intervene.moments import SampledMoments
 from palimpsest.model.difference import Difference
 from palimpsest.model.handle import ModelHandle
-from palimpsest.model.site import Change, Site
+from palimpsest.model.site import Change, Part, Policy, Site
 from palimpsest.record.row import Row
+
+_LARGEST = 64 * 2**20
+"""Bytes of an `intervention.json`; a thousand edits' take a hundredth of that."""
+
+_DEEPEST = 16
+"""Levels of parts in parts; a history of pairs of erasers of all layers has four."""
+
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError),
+    safetensors.SafetensorError,
+)
+"""What a damaged file raises where it is read."""
 
 
 class Method(Protocol):
@@ -133,20 +145,48 @@ class Intervention(ABC):
         """
         raise TypeError(f"{self.kind} cannot be added to")
 
-    @contextmanager
-    def applied(self, handle: ModelHandle) -> Iterator[None]:
-        """Change the model while the context lasts.
+    def alone(self, fact: int) -> "Intervention":
+        """The change of one fact, as one that every prompt feels.
+
+        Args:
+            fact: its place among the target facts.
 
         Raises:
-            RequestError: the intervention was fitted on another model.
+            TypeError: the facts' changes do not stand apart.
+        """
+        raise TypeError(f"{self.kind} holds no change of one fact")
+
+    @contextmanager
+    def applied(self, handle: ModelHandle, owner: int | None = None) -> Iterator[None]:
+        """Change the model while the context lasts, for whoever calls it.
+
+        Args:
+            handle: the model.
+            owner: of an independent change, the fact whose change every row of every forward pass
+                feels, whatever owner it brings: what stands in weights is really changed, as
+                `palimpsest apply` does. None: each row of our own forward passes feels its owner's
+                change, and calls by other code are refused.
+
+        Raises:
+            RequestError: the intervention was fitted on another model, all facts share one change,
+                or there is no such fact.
         """
         self.check_model(handle)
-        with self.changing(handle):
-            handle.changes.append(self.digest)
+        change = self if owner is None else self._of(owner)
+        with change.changing(handle):
+            handle.changes.append(change.digest)
             try:
                 yield
             finally:
                 handle.changes.pop()
+
+    def _of(self, owner: int) -> "Intervention":
+        if not self.change.independent:
+            raise RequestError(
+                f"expected an owner of independent changes alone, found owner={owner} with one "
+                "change for all facts; leave owner out"
+            )
+        return self.alone(owner)
 
     def check_model(self, handle: ModelHandle) -> None:
         """Refuse a model other than the one that the intervention was fitted on.
@@ -191,7 +231,32 @@ class Intervention(ABC):
     ) -> Self:
         """The intervention that `save` described; `kinds` are those that it may be made of."""
         fields: dict[str, Any] = dict(tensors)
-        return cls(change=Change(**description["change"]), model=description["model"], **fields)
+        return cls(change=described(description), model=description["model"], **fields)
+
+
+def described(description: Mapping[str, Any]) -> Change:
+    """The change that `Intervention.describe` tells of.
+
+    Raises:
+        KeyError, TypeError: something is missing, or of another type.
+    """
+    change = Change(**description["change"])
+    named: list[tuple[str, tuple[str, ...]]] = [
+        (change.scope, ("fact", "relation")),
+        (change.part, get_args(Part)),
+        (change.policy, get_args(Policy)),
+    ]
+    layer = change.layer is None or (type(change.layer) is int and change.layer >= 0)
+    flags = (change.independent, change.gated)
+    texts = (description["model"], *change.failed, *change.failed.values())
+    if not (
+        layer
+        and all(value in valid for value, valid in named)
+        and all(isinstance(flag, bool) for flag in flags)
+        and all(isinstance(text, str) for text in texts)
+    ):
+        raise TypeError("a change with values of other types")
+    return change
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,17 +285,47 @@ def load(directory: Path, kinds: Sequence[type[Intervention]]) -> Intervention:
         RequestError: not an intervention, or damaged.
     """
     try:
-        description = json.loads((directory / "intervention.json").read_text(encoding="utf-8"))
-        tensors = safetensors.torch.load_file(directory / "intervention.safetensors")
+        description = _read(directory / "intervention.json")
+        tensors = _tensors(directory / "intervention.safetensors")
         by_name = {kind.kind: kind for kind in kinds}
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        if _levels(description) > _DEEPEST:
+            raise ValueError(f"parts in parts, more than {_DEEPEST} levels of them")
         if shapes != description["shapes"]:
-            raise ValueError(f"tensors of shapes {shapes}, described as {description['shapes']}")
+            raise ValueError("tensors of other shapes than the description says")
         return by_name[description["kind"]].from_saved(description, tensors, by_name)
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+    except _UNREADABLE as error:
         missing = isinstance(error, FileNotFoundError)
-        found = "none" if missing else f"{type(error).__name__}: {error}"
+        found = "none" if missing else visible(f"{type(error).__name__}: {error}"[:200])
         raise RequestError(
             f"expected a saved intervention (intervention.json and intervention.safetensors) in "
             f"{directory}, found {found}; name a run's directory or its intervention/"
         ) from error
+
+
+def _read(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        OSError, ValueError, RecursionError: no file, too large, not JSON or nested too deep.
+    """
+    with _plain(path).open("rb") as file:
+        raw = file.read(_LARGEST + 1)
+    if len(raw) > _LARGEST:
+        raise ValueError(f"more than {_LARGEST >> 20} MB in {path.name}")
+    return json.loads(raw)
+
+
+def _levels(description: Any) -> int:
+    return 1 + max(map(_levels, description.get("parts", ())), default=0)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    return safetensors.torch.load_file(_plain(path))
+
+
+def _plain(path: Path) -> Path:
+    """A path, if a file is there; to read a pipe would not end."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path.name} is no file")
+    return path

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from palimpsest.model.calls import Call
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.tokens import Tokens
 
@@ -62,7 +63,7 @@ def corrupted(handle: ModelHandle, noise: Tensor) -> Iterator[None]:
 
     def add(embedded: Tensor) -> Tensor:
         batch = handle.running
-        if batch is None:
+        if batch is None or isinstance(batch, Call):
             raise RuntimeError("noise needs a batch with subjects: use model.forward")
         place = batch.positions - batch.subject_last.unsqueeze(1) + width - 1
         owned = (batch.owner >= 0) & (batch.subject_last >= 0)

@@ -49,7 +49,9 @@ class ModelHandle:
         decoder: what holds the blocks.
         final_norm: from the last block's output to the head's input.
         width: d, the size of the residual stream.
-        running: the batch of the forward pass under way; what hooks read owners and positions from.
+        running: the batch of the forward pass under way, None outside of one; what hooks read
+            owners and positions from. Calls of the model by other code have one under
+            `palimpsest.model.calls.followed` alone.
         changes: digests of the changes that the model carries now, in the order of application.
     """
 
@@ -257,6 +259,23 @@ class ModelHandle:
             _orient(m, offload.resident(m, "weight") if m.weight.is_meta else m.weight)
             for m in linear
         ]
+
+    # -- the pass under way -----------------------------------------------------------------------
+
+    @property
+    def under_way(self) -> Batch:
+        """`running`, for hooks that cannot do without.
+
+        Raises:
+            RequestError: a part of the model was called by itself.
+        """
+        if self.running is None:
+            raise RequestError(
+                "expected a call of the whole model, while a change reads each token's place and "
+                "owner, found one of a part of it; call the model, or a forward pass of "
+                "palimpsest.model.forward"
+            )
+        return self.running
 
     # -- text to tokens ---------------------------------------------------------------------------
 

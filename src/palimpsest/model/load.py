@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from palimpsest.errors import RequestError, check_at_least
 from palimpsest.model.fetch import fetch
@@ -78,10 +79,11 @@ class Pretrained:
         """Load model and tokenizer.
 
         Raises:
-            RequestError: nothing at `path`, not a model, unknown or absent device.
+            RequestError: nothing at `path`, not a model, adapters of one, unknown or absent device.
         """
         device = self._device()
         source = self.path if self.path is not None else str(fetch(self.name))
+        self._refuse_adapters(source)
         transformers_logging.disable_progress_bar()
         options = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         try:
@@ -109,6 +111,22 @@ class Pretrained:
         if self.compile:
             compile_blocks(handle)
         return handle
+
+    def _refuse_adapters(self, source: str) -> None:
+        """Refuse adapters of PEFT, which transformers loads beside the weights that they belong to.
+
+        What is measured of weights would be measured of the parts.
+        """
+        try:
+            found = find_adapter_config_file(source, revision=self.revision)
+        except (OSError, ValueError):  # what is wrong with the place is told where it is loaded
+            return
+        if found is not None:
+            raise RequestError(
+                f"expected a whole model at model.path, found adapters of PEFT in {source!r}; "
+                "merge them first (AutoPeftModelForCausalLM.from_pretrained, merge_and_unload, "
+                "save_pretrained), save the tokenizer beside them and set model.path to that place"
+            )
 
     def _device(self) -> torch.device:
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

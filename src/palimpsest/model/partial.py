@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from palimpsest.model.calls import forwards
 from palimpsest.model.forward import forward
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.tokens import Batch
@@ -152,14 +153,5 @@ def _passed_over(blocks: list[nn.Module], in_tuple: bool) -> Iterator[None]:
     def same(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         return (hidden_states,) if in_tuple else hidden_states
 
-    own = [vars(block).get("forward") for block in blocks]  # accelerate sets it on the instance
-    try:
-        for block in blocks:
-            block.forward = same
+    with forwards(blocks, lambda _: same):
         yield
-    finally:
-        for block, before in zip(blocks, own, strict=True):
-            if before is None:
-                del block.forward
-            else:
-                block.forward = before

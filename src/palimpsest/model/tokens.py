@@ -81,12 +81,32 @@ class Batch:
     subject: Tensor
 
     def selects(self, policy: Policy) -> Tensor:
-        """`[n, t]` boolean: the tokens that a policy names; padding among them is inert."""
+        """`[n, t]` boolean: the tokens that a policy names; padding among them is inert.
+
+        Raises:
+            RequestError: it is not known which they are.
+        """
         if policy == "last_subject":
             return self.positions == self.subject_last.unsqueeze(1)
         if policy == "last_prompt":
             return self.positions == self.prompt_last.unsqueeze(1)
         return self.positions >= (1 if policy == "all_but_sink" else 0)
+
+    def owners(self) -> Tensor:
+        """`owner`, where it is known.
+
+        Raises:
+            RequestError: it is not.
+        """
+        return self.owner
+
+    def holds(self, subjects: Tensor) -> Tensor:
+        """`[n]` boolean: the rows whose subject is among those that numbers `[m]` stand for.
+
+        Raises:
+            RequestError: nothing is known of subjects.
+        """
+        return torch.isin(self.subject, subjects.to(self.subject.device))
 
     def take(self, rows: Tensor) -> "Batch":
         """Some of the rows, `[m]` indices; any may come several times."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from palimpsest.intervene.intervention import Intervention
+from palimpsest.intervene.intervention import Intervention, described
 from palimpsest.model.difference import Difference
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change
@@ -32,6 +32,11 @@ class Parts(Intervention):
             for name, tensor in part.tensors().items()
         }
 
+    def alone(self, fact: int) -> Self:
+        """With the parts' changes of that fact, and the parts that all facts share."""
+        parts = tuple(p.alone(fact) if p.change.independent else p for p in self.parts)
+        return replace(self, change=replace(self.change, independent=False), parts=parts)
+
     def describe(self) -> dict[str, Any]:
         """With the parts' own descriptions."""
         return super().describe() | {"parts": [part.describe() for part in self.parts]}
@@ -44,12 +49,15 @@ class Parts(Intervention):
         kinds: Mapping[str, type[Intervention]],
     ) -> Self:
         """The intervention that `save` described."""
-        parts = []
-        for number, part in enumerate(description["parts"]):
-            lead = f"{number}."
-            mine = {n.removeprefix(lead): t for n, t in tensors.items() if n.startswith(lead)}
-            parts.append(kinds[part["kind"]].from_saved(part, mine, kinds))
-        return cls._from_parts(description, tuple(parts))
+        by_part: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            number, _, own = name.partition(".")
+            by_part.setdefault(number, {})[own] = tensor
+        parts = tuple(
+            kinds[part["kind"]].from_saved(part, by_part.get(str(number), {}), kinds)
+            for number, part in enumerate(description["parts"])
+        )
+        return cls._from_parts(description, parts)
 
     @classmethod
     @abstractmethod
@@ -87,8 +95,7 @@ class Composition(Parts):
 
     @classmethod
     def _from_parts(cls, description: Mapping[str, Any], parts: tuple[Intervention, ...]) -> Self:
-        change = Change(**description["change"])
-        return cls(change=change, model=description["model"], parts=parts)
+        return cls(change=described(description), model=description["model"], parts=parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +134,9 @@ class History(Parts):
 
     @classmethod
     def _from_parts(cls, description: Mapping[str, Any], parts: tuple[Intervention, ...]) -> Self:
-        change, steps = Change(**description["change"]), tuple(description["steps"])
+        change, steps = described(description), tuple(description["steps"])
+        if not parts or [type(step) for step in steps] != [int] * len(parts):
+            raise TypeError("a history without a step for each part")
         return cls(change=change, model=description["model"], parts=parts, steps=steps)
 
 

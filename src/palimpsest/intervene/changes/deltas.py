@@ -4,14 +4,16 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from palimpsest.errors import RequestError
 from palimpsest.intervene.changes.composition import joined
 from palimpsest.intervene.intervention import Intervention
 from palimpsest.model import offload
+from palimpsest.model.calls import followed
 from palimpsest.model.difference import Difference
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site
@@ -43,6 +45,21 @@ class OutDeltas(Intervention):
     @abstractmethod
     def per_prompt(self, handle: ModelHandle) -> AbstractContextManager[None]:
         """Let each prompt feel its owner's ΔW while the context lasts."""
+
+    def alone(self, fact: int) -> Self:
+        """ΔW of one fact, as a single one.
+
+        Raises:
+            RequestError: there is no such fact.
+        """
+        facts = len(next(iter(self.tensors().values())))
+        if not 0 <= fact < facts:
+            raise RequestError(
+                f"expected owner to be a target fact's place, from 0 to {facts - 1}, found {fact}; "
+                "count them in the run's facts.json"
+            )
+        mine: dict[str, Any] = {n: t[fact : fact + 1] for n, t in self.tensors().items()}
+        return replace(self, change=replace(self.change, independent=False), **mine)
 
     def changing(self, handle: ModelHandle) -> AbstractContextManager[None]:
         """Change the model while the context lasts."""
@@ -107,6 +124,8 @@ def responding(
 ) -> Iterator[None]:
     """Add to W_out's output a function of its input and of whose prompt each row is.
 
+    Calls of the model by other code, which tell no owners, are refused while the context lasts.
+
     Args:
         handle: the model.
         layer: whose W_out.
@@ -119,11 +138,13 @@ def responding(
         keys[:] = [key]
 
     def add(value: Tensor) -> Tensor:
-        if handle.running is None:
-            raise RuntimeError("per-fact deltas need a batch with owners: use model.forward")
-        return value + response(keys[0], handle.running.owner).to(value)
+        return value + response(keys[0], handle.under_way.owners()).to(value)
 
-    with handle.hooked_input([(w_out, remember)]), handle.hooked([(w_out, add)]):
+    with (
+        followed(handle),
+        handle.hooked_input([(w_out, remember)]),
+        handle.hooked([(w_out, add)]),
+    ):
         yield
 
 

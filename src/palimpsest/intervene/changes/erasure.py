@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.intervene.intervention import Intervention
+from palimpsest.model.calls import followed
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site
 
@@ -16,6 +17,9 @@ from palimpsest.model.site import Site
 @dataclass(frozen=True, kw_only=True)
 class Erasure(Intervention):
     """`r(x) = x − L R (x − b)` at the change's site, on the tokens that its policy names.
+
+    It works in every call of the model, but where the policy or the gate asks where a prompt's
+    subject is or where it ends: that our own forward passes alone can tell.
 
     Attributes:
         proj_left: L, `[d_model, rank]` float64.
@@ -46,13 +50,11 @@ class Erasure(Intervention):
         assert self.change.layer is not None
 
         def hook(states: Tensor) -> Tensor:
-            if handle.running is None:
-                raise RuntimeError("an erasure needs a batch with positions: use model.forward")
-            chosen = handle.running.selects(self.change.policy)
+            chosen = handle.under_way.selects(self.change.policy)
             if self.subjects is not None:
-                mine = torch.isin(handle.running.subject, self.subjects.to(states.device))
-                chosen = chosen & mine.unsqueeze(1)
+                chosen = chosen & handle.under_way.holds(self.subjects).unsqueeze(1)
             return torch.where(chosen.unsqueeze(-1), self.erase(states), states)
 
-        with handle.hooked([(handle.module(Site(self.change.layer, self.change.part)), hook)]):
+        module = handle.module(Site(self.change.layer, self.change.part))
+        with followed(handle), handle.hooked([(module, hook)]):
             yield
