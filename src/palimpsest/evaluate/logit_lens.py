@@ -13,7 +13,7 @@ from palimpsest.evaluate.attacks.candidates import SAME_TOKEN
 from palimpsest.evaluate.probing.readings import NOT_FINITE, at, labelled
 from palimpsest.evaluate.scene import Scene
 from palimpsest.facts.splits import Splits
-from palimpsest.model.forward import lens
+from palimpsest.model.forward import logit_lens, token_ranks
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site
 from palimpsest.record.row import Row
@@ -54,8 +54,9 @@ class LogitLens:
         states = scene.features(scene.prompts, [Site(layer) for layer in layers], ["last_prompt"])
         first = first_tokens(scene)
         for layer, found in zip(layers, states[:, 0], strict=True):
-            scores = lens(model, found)
-            ranks = 1 + (scores[:, None, :] > scores.gather(1, first)[:, :, None]).sum(-1)
+            with torch.no_grad():
+                scores = logit_lens(model, found).cpu()
+            ranks = token_ranks(scores, first)
             whole = scores.isfinite().all(1).tolist()
             each = zip(facts, first.tolist(), ranks.tolist(), whole, strict=True)
             for fact, (old, new), rank, finite in each:

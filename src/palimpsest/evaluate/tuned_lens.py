@@ -19,7 +19,7 @@ from palimpsest.evaluate.attacks.candidates import aims_of, hits, last_states, r
 from palimpsest.evaluate.probing.readings import labelled
 from palimpsest.evaluate.scene import Scene
 from palimpsest.facts.splits import Splits
-from palimpsest.model.forward import capturing, logits, run_to
+from palimpsest.model.forward import capturing, logit_lens, run_to
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.memory import within_memory
 from palimpsest.model.sample import sample
@@ -234,8 +234,7 @@ def divergence(
 
 
 def _logprobs(model: ModelHandle, states: Tensor) -> Tensor:
-    moved = states.to(model.device, model.model.dtype)
-    return torch.log_softmax(logits(model, model.final_norm(moved)), -1)
+    return torch.log_softmax(logit_lens(model, states), -1)
 
 
 @torch.no_grad()

@@ -44,15 +44,22 @@ def logits(handle: ModelHandle, states: Tensor) -> Tensor:
     return scores if cap is None else cap * torch.tanh(scores / cap)
 
 
-@torch.no_grad()
-def lens(handle: ModelHandle, states: Tensor) -> Tensor:
-    """The logit lens: what norm and head make of states `[..., d_model]` of any layer.
+def logit_lens(handle: ModelHandle, states: Tensor) -> Tensor:
+    """The logit lens (nostalgebraist 2020): what the model's own norm and head read off states.
+
+    Args:
+        handle: the model.
+        states: `[..., d_model]` of the residual stream after any block, of any dtype and device.
 
     Returns:
-        logits `[..., vocabulary]` float32 on the CPU.
+        logits `[..., vocabulary]` in float32 on the model's device.
     """
-    moved = states.to(handle.device, handle.model.dtype)
-    return logits(handle, handle.final_norm(moved)).cpu()
+    return logits(handle, handle.final_norm(states.to(handle.device, handle.model.dtype)))
+
+
+def token_ranks(scores: Tensor, tokens: Tensor) -> Tensor:
+    """Ranks `[n, k]` of tokens `[n, k]` among scores `[n, vocabulary]`; 1 is the largest score."""
+    return 1 + (scores[:, None, :] > scores.gather(1, tokens)[:, :, None]).sum(-1)
 
 
 @torch.no_grad()

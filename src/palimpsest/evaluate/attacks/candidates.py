@@ -22,7 +22,7 @@ from palimpsest.evaluate.probing.readings import NOT_FINITE, labelled
 from palimpsest.evaluate.scene import Scene
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.facts.splits import Splits
-from palimpsest.model.forward import lens
+from palimpsest.model.forward import logit_lens
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Site
 from palimpsest.record.row import Row
@@ -222,9 +222,10 @@ class Aims:
         return cls(old, rest, SAME_TOKEN if old == new else None)
 
 
+@torch.no_grad()
 def read(model: ModelHandle, states: Tensor) -> Tensor:
     """Probabilities `[n, vocabulary]` by the logit lens of states `[n, d_model]`."""
-    return torch.softmax(lens(model, states), -1)
+    return torch.softmax(logit_lens(model, states), -1).cpu()
 
 
 def _of(row: partial[Row], fact: Fact) -> partial[Row]:
