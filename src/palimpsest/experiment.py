@@ -75,7 +75,9 @@ class Experiment:
         return keys_of(self.ruler)
 
     def located(self, model: ModelHandle, splits: Callable[[], Splits]) -> Located:
-        """Where the method changes the model; one that changes several layers has its own table."""
+        """Where the method changes the model; of one that changes nothing there is no choice."""
+        if not self.method.sited:
+            return Located(Site(0, self.method.part))  # type: ignore[arg-type]
         evidence = Evidence(
             seed=self.seed,
             lowest=self.method.lowest,
@@ -174,7 +176,7 @@ def _record(
         "run_id": run_id(experiment.method),
         "method": experiment.names["intervene"],
         "imitates": None if imitated is None else run_id(imitated),
-        "site": {"layer": site.layer, "part": site.part},
+        "site": {"layer": site.layer, "part": site.part} if experiment.method.sited else None,
         "located": {str(layer): score for layer, score in located.scores.items()},
         **described(experiment, model, facts),
     }

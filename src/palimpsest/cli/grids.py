@@ -111,8 +111,8 @@ def _launched(found: Grid, jobs: Sequence[Planned], work: Work) -> dict[str, Out
 def _died(job: Planned, error: Exception) -> Outcome:
     """What is known of a job whose process told nothing: its run, or the launcher's word."""
     wanted = job.same
-    if wanted.found(finished_runs(wanted.directory)) is not None:
-        return Outcome()
+    if (done := wanted.found(finished_runs(wanted.directory))) is not None:
+        return Outcome(0, f"done: {done}")
     for path in sorted(wanted.directory.glob("*/run.json")):
         run = read_run(path.parent)
         if run and wanted.request in (run.get("requests") or ()) and run.get("error"):
@@ -122,12 +122,9 @@ def _died(job: Planned, error: Exception) -> Outcome:
 
 
 def _told(jobs: Sequence[Planned], outcomes: Mapping[str, Outcome]) -> int:
-    """Tell every failure with its job; the exit code of all."""
-    codes = []
-    for job in jobs:
-        outcome = job.wrong or outcomes.get(job.name, Outcome())
-        if outcome.code:
-            codes.append(outcome.code)
-            name = f"{job.name}: " if len(jobs) > 1 else ""
-            say(f"{name}{outcome.text}")
-    return min(codes, default=0)
+    """Tell what became of every job that has not been told, by its name; the exit code of all."""
+    found = {job.name: job.wrong or outcomes.get(job.name, Outcome(shown=True)) for job in jobs}
+    for name, outcome in found.items():
+        if not outcome.shown:
+            say(f"{name}: {outcome.text}" if len(jobs) > 1 else outcome.text)
+    return min((outcome.code for outcome in found.values() if outcome.code), default=0)

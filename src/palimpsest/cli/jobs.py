@@ -73,7 +73,7 @@ def _one(name: str, work: Work) -> int:
 
     job()
     for outcome in found:
-        if outcome.text:
+        if not outcome.shown:
             say(outcome.text)
     return max((outcome.code for outcome in found), default=0)
 
@@ -139,14 +139,14 @@ def experiment_of(config: DictConfig, command: str) -> "Experiment":
     )
 
 
-def _run(config: DictConfig, command: str) -> None:
-    """One run: build the parts, run, say where the results are."""
+def _run(config: DictConfig, command: str) -> str:
+    """One run: build the parts, run; a line that says where the results are."""
     experiment = experiment_of(config, command)
     from palimpsest.experiment import run
 
     name = experiment.names["intervene"]
     with phases(name, 6) as phase:
-        _tell(name, *run(experiment, phase, say))
+        return _line(name, *run(experiment, phase, say))
 
 
 def _method(hydra: Any) -> str:
@@ -188,13 +188,13 @@ def _tracing_of(config: DictConfig, command: str) -> "TraceExperiment":
     )
 
 
-def _trace(config: DictConfig, command: str) -> None:
-    """One trace."""
+def _trace(config: DictConfig, command: str) -> str:
+    """One trace; a line that says where the results are."""
     experiment = _tracing_of(config, command)
     from palimpsest.tracing import trace
 
     with phases("trace", 3) as phase:
-        _tell("trace", *trace(experiment, phase, say))
+        return _line("trace", *trace(experiment, phase, say))
 
 
 def ruler_of(parts: Any) -> "Ruler":
@@ -209,8 +209,8 @@ def resolved(config: DictConfig) -> Any:
     return redacted(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
 
 
-def _tell(name: str, directory: Path, before: bool) -> None:
-    say(f"{name}: {'done before, left as it is' if before else 'done'}: {directory}")
+def _line(name: str, directory: Path, before: bool) -> str:
+    return f"{name}: {'done before, left as it is' if before else 'done'}: {directory}"
 
 
 def parts_of(config: DictConfig) -> Any:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from palimpsest.cli.configuration import as_request, resource
 from palimpsest.cli.signals import stoppable
-from palimpsest.cli.words import explained
+from palimpsest.cli.words import explained, say
 from palimpsest.errors import RequestError, Stopped
 
 MOST_JOBS = 10_000
@@ -26,15 +26,17 @@ class Outcome:
 
     Attributes:
         code: 0 done, 1 the work failed, 2 the request was wrong.
-        text: the cause of a failure; empty if it is done.
+        text: where it is done, or the cause of a failure.
+        shown: the user has been told already.
     """
 
     code: int = 0
     text: str = ""
+    shown: bool = False
 
 
-Work = Callable[[DictConfig], None]
-"""One job: from its configuration, Hydra's own node among it."""
+Work = Callable[[DictConfig], str]
+"""One job: from its configuration, a line that says where it is done."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,17 @@ def perform(work: Work, home: int, config: DictConfig) -> Outcome:
     """
     try:
         with stoppable():  # a launcher's worker has not passed through `main`
-            work(config)
+            line = work(config)
     except Stopped as stop:
         if os.getpid() == home:
             raise
         return Outcome(1, f"error: {stop}")
     except Exception as error:
         return Outcome(*explained(as_request(error)))
-    return Outcome()
+    shown = "SUBMITIT_EXECUTOR" not in os.environ  # whose jobs write into files
+    if shown:
+        say(line)
+    return Outcome(0, line, shown)
 
 
 class Grid:
