@@ -82,10 +82,10 @@ def test_every_outcome_is_told_by_the_jobs_name(call, few, launcher):
     lines = outcome.err.splitlines()
     wrong = [line for line in lines if "error: expected a layer from 0 to 3" in line]
     assert sorted(line.split(":")[0] for line in wrong) == [
-        "intervene=leace locate.layer=99", "intervene=rome locate.layer=99",
+        "locate.layer=99 intervene=leace", "locate.layer=99 intervene=rome",
     ]  # fmt: skip
     assert sum(": done: results/runs/" in line for line in lines) == 3
-    assert sum("intervene=none locate.layer=99: the same run as" in line for line in lines) == 1
+    assert sum("locate.layer=99 intervene=none: the same run as" in line for line in lines) == 1
     assert len(load_runs(RUNS)) == 3
 
 
@@ -120,7 +120,7 @@ def test_a_grid_of_absurd_size_is_counted_and_not_made(call, few):
 def test_a_sweep_writes_a_manifest_before_it_works(call, few, tmp_path, no_model):
     file = swept(tmp_path / "grid.yaml", intervene=["none", "leace"], **{"locate.layer": [1, 99]})
     directory = tmp_path / "results" / "grid"
-    assert call("sweep", file, *few).code == 2
+    assert call("sweep", file, *[w for w in few if not w.startswith("locate.")]).code == 2
     jobs = plan.read(directory)
     assert [job.source for job in jobs] == ["grid.yaml"] * 4
     assert plan.states(directory, jobs) == ["done", "done", "done", "pending"]

@@ -41,7 +41,6 @@ def rows(directory: Path) -> dict[tuple, tuple]:
     [path] = directory.glob("*/rows.parquet")
     query = f"SELECT {', '.join(COLUMNS)} FROM read_parquet('{path}')"
     found = duckdb.sql(query).fetchall()
-    keyed = {row[:-4] + (row[-4],): row[-3:] for row in found}
     split = len(COLUMNS) - 3
     keyed = {row[:split]: row[split:] for row in found}
     assert len(keyed) == len(found)

@@ -18,7 +18,7 @@ import duckdb
 import safetensors
 
 from palimpsest.errors import RequestError, Stopped, WriteError
-from palimpsest.files import atomic, fingerprint, write_json, write_text, writing
+from palimpsest.files import atomic, fingerprint, read_json, write_json, write_text, writing
 from palimpsest.record.redact import one_line
 from palimpsest.record.row import SCHEMA_VERSION, Row
 
@@ -601,7 +601,7 @@ def _facts(path: Path) -> list[dict[str, Any]]:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
 
