@@ -15,6 +15,12 @@ import platformdirs
 
 from palimpsest.errors import RequestError, WriteError
 
+DEEPEST = 100
+"""Lists and mappings that may stand within each other in a file that is read."""
+
+LARGEST_JSON = 100_000_000
+"""Bytes that a JSON file may have."""
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNWRITABLE = (
     errno.ENOENT,
@@ -152,6 +158,46 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON atomically; keys keep their order."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not UTF-8, not JSON, larger than `LARGEST_JSON` bytes or deeper than
+            `DEEPEST` levels; the message says which.
+    """
+    with path.open("rb") as file:
+        raw = file.read(LARGEST_JSON + 1)
+    if len(raw) > LARGEST_JSON:
+        raise ValueError(f"more than {LARGEST_JSON} bytes")
+    return parse_json(raw.decode("utf-8"))
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is not JSON, or deeper than `DEEPEST` levels.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"more than {DEEPEST} levels of brackets") from error
+    if _is_deep(value):
+        raise ValueError(f"more than {DEEPEST} levels of brackets")
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        inner = [each for each in level if isinstance(each, dict | list)]
+        if not inner:
+            return False
+        level = [e for each in inner for e in (each.values() if isinstance(each, dict) else each)]
+    return True
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def _part(config: DictConfig, name: str) -> dict[str, Any]:
 
 def _plain(values: dict[str, Any]) -> DictConfig:
     """A configuration of these very values: no text in it is an interpolation."""
-    return OmegaConf.create(_escaped(values))
+    return DictConfig(_escaped(values))
 
 
 def _escaped(value: Any) -> Any:
