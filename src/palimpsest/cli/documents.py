@@ -1,6 +1,7 @@
 """YAML files of users, read within limits, and as wandb and Hydra read them."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -133,8 +134,8 @@ class _Extent:
         Raises:
             RequestError: it is beyond the limits, endless, or has tags though it may not.
         """
-        event: Any
-        for event in yaml.parse(text, Loader=_Plain):
+        events: Iterable[Any] = yaml.parse(text, Loader=_Plain)
+        for event in events:
             line = event.start_mark.line + 1
             if not tags and getattr(event, "tag", None) is not None:
                 self._refuse(line, "plain values", f"the tag {event.tag!r}; leave it out")
@@ -154,7 +155,7 @@ class _Extent:
         if anchor is not None:
             self.lengths[anchor] = length
 
-    def _length(self, anchor: str, line: int) -> int:
+    def _length(self, anchor: Any, line: int) -> int:
         if anchor in (above for above, _ in self.open):
             self._refuse(line, "values that end", f"the anchor {anchor!r} in itself; write it out")
         return self.lengths.get(anchor, 1)

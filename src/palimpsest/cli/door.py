@@ -4,7 +4,7 @@ import ast
 import os
 import re
 from collections.abc import Iterator, Sequence
-from math import ceil, prod
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -55,23 +55,29 @@ def refuse_credentials(words: Sequence[str], place: str = "") -> None:
     Raises:
         RequestError: without the credential itself.
     """
-    held = {v: n for n, v in os.environ.items() if v in environment_secrets()}
+    secrets = [value for value in environment_secrets() if not os.path.exists(value)]
     for word in words:
-        key = _OVERRIDE.fullmatch(word)
-        where = place or (f"the setting {visible(key[1])}" if key else "the command")
-        for value in held:
-            if value in word and not os.path.exists(value):
+        for value in secrets:
+            if value in word:
+                name = next(name for name, held in os.environ.items() if held == value)
                 raise RequestError(
                     f"expected no secret in {place or 'the command'}, found the value of the "
-                    f"environment variable {held[value]}; leave it out: programs read it there"
+                    f"environment variable {name}; leave it out: programs read it there"
                 )
-        if any(credentials(word)) or any(_secret_settings(word)):
-            where = "the command" if key and any(credentials(key[1])) and not place else where
+        shaped = any(credentials(word))
+        if shaped or any(_secret_settings(word)):
             raise RequestError(
-                f"expected no credential, found what looks like one in {where}; put it into an "
-                "environment variable such as HF_TOKEN or WANDB_API_KEY, and renew it if others "
-                "may have seen it; if it is a name, put hyphens between its words"
+                f"expected no credential, found what looks like one in {place or _name(word)}; put "
+                "it into an environment variable such as HF_TOKEN or WANDB_API_KEY, and renew it "
+                "if others may have seen it"
+                + ("; of a name, part the words by hyphens" if shaped else "")
             )
+
+
+def _name(word: str) -> str:
+    """The setting of an override, unless that is what must not be said."""
+    key = _OVERRIDE.fullmatch(word)
+    return "the command" if not key or any(credentials(key[1])) else visible(key[1])
 
 
 def _secret_settings(word: str) -> Iterator[str]:
@@ -193,9 +199,12 @@ def _choices(sweep: Any) -> int:
 
     if isinstance(sweep, ChoiceSweep):
         return len(sweep.list)
-    if isinstance(sweep, RangeSweep) and sweep.step:
-        return max(0, ceil(((sweep.stop or 0) - (sweep.start or 0)) / sweep.step))
-    return 1
+    if not isinstance(sweep, RangeSweep) or not sweep.step:
+        return 1
+    try:
+        return max(0, int(-(((sweep.start or 0) - (sweep.stop or 0)) // sweep.step)))
+    except (OverflowError, ValueError):  # an end that is not finite
+        return MOST + 1
 
 
 def refuse_many(count: int, place: str) -> None:

@@ -69,5 +69,5 @@ def _options(name: str, entry: Any, file: Path) -> list[Any]:
         return [entry["value"]]
     raise RequestError(
         f"expected 'value' or 'values' under parameters.{name} in {file}, found "
-        f"{textwrap.shorten(repr(entry), 80)}; a grid has no distributions"
+        f"{repr(entry)[:80]}; a grid has no distributions"
     )
