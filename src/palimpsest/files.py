@@ -18,8 +18,8 @@ from palimpsest.errors import RequestError, WriteError
 DEEPEST = 100
 """Lists and mappings that may stand within each other in a file that is read."""
 
-LARGEST_JSON = 100_000_000
-"""Bytes that a JSON file may have."""
+LARGEST = 100_000_000
+"""Bytes that a text or JSON file may have that is read as a whole."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNWRITABLE = (
@@ -165,13 +165,13 @@ def read_json(path: Path) -> Any:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not UTF-8, not JSON, larger than `LARGEST_JSON` bytes or deeper than
+        ValueError: it is not UTF-8, not JSON, larger than `LARGEST` bytes or deeper than
             `DEEPEST` levels; the message says which.
     """
     with path.open("rb") as file:
-        raw = file.read(LARGEST_JSON + 1)
-    if len(raw) > LARGEST_JSON:
-        raise ValueError(f"more than {LARGEST_JSON} bytes")
+        raw = file.read(LARGEST + 1)
+    if len(raw) > LARGEST:
+        raise ValueError(f"more than {LARGEST} bytes")
     return parse_json(raw.decode("utf-8"))
 
 
@@ -198,6 +198,20 @@ def _is_deep(value: Any) -> bool:
             return False
         level = [e for each in inner for e in (each.values() if isinstance(each, dict) else each)]
     return True
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        OSError: the file cannot be read.
+        RequestError: it is not UTF-8, or larger than `LARGEST` bytes.
+    """
+    with reading(path), path.open("rb") as file:
+        raw = file.read(LARGEST + 1)
+        if len(raw) > LARGEST:
+            raise RequestError(f"expected at most {LARGEST} bytes in {path}, found more; divide it")
+        return raw.decode("utf-8")
 
 
 @contextmanager

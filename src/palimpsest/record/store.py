@@ -18,7 +18,7 @@ import duckdb
 import safetensors
 
 from palimpsest.errors import RequestError, WriteError
-from palimpsest.files import atomic, write_json, write_text, writing
+from palimpsest.files import atomic, parse_json, read_json, write_json, write_text, writing
 from palimpsest.record.redact import one_line
 from palimpsest.record.row import SCHEMA_VERSION, Row
 
@@ -295,7 +295,7 @@ def _complete_sections(directory: Path, run: Mapping[str, Any]) -> list[dict[str
     not what a run writes, the file is damaged and nothing of it is kept.
     """
     try:
-        before = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+        before = read_json(directory / "run.json")
         text = (directory / "rows.jsonl").read_text(encoding="utf-8")
         whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
         lines = [_parsed(line) for line in whole]
@@ -313,7 +313,7 @@ def _parsed(line: str) -> dict[str, Any]:
     Raises:
         ValueError: it is neither.
     """
-    found = json.loads(line)
+    found = parse_json(line)
     if not isinstance(found, dict) or set(found) not in ({"section"}, set(COLUMNS)):
         raise ValueError("neither a row nor the end of a section")
     if any(isinstance(value, list | dict) for value in found.values()):
@@ -462,7 +462,7 @@ def _facts(path: Path) -> list[dict[str, Any]]:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
 
