@@ -5,7 +5,6 @@ then does the directory appear. Beside the weights stand a record and the origin
 changed matrices, from which `undo` restores the model bit for bit.
 """
 
-import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from palimpsest import __version__
 from palimpsest.errors import RequestError, WriteError, nearest
-from palimpsest.files import write_json, writing
+from palimpsest.files import read_json, write_json, writing
 from palimpsest.intervene.changes.composition import Parts
 from palimpsest.intervene.changes.deltas import BiasShift, ReaderDeltas, WeightDeltas
 from palimpsest.intervene.changes.dense import DenseDeltas
@@ -160,7 +159,7 @@ def _number(whole: Intervention, run: Path, fact: str | None) -> int:
 def _facts(run: Path, count: int) -> list[str]:
     """The ids of a run's target facts, in the order of their changes."""
     try:
-        ids = [str(fact["fact_id"]) for fact in json.loads((run / "facts.json").read_text("utf-8"))]
+        ids = [str(fact["fact_id"]) for fact in read_json(run / "facts.json")]
         if len(ids) != count:
             raise ValueError(f"{len(ids)} facts for {count} changes")
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -180,7 +179,7 @@ def _count(change: Intervention) -> int:
 def _dtype(run: Path) -> str | None:
     """The model's dtype by a run's record, if there is one."""
     try:
-        found = json.loads((run / "run.json").read_text("utf-8"))["config"]["model"]["dtype"]
+        found = read_json(run / "run.json")["config"]["model"]["dtype"]
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return str(found)
@@ -219,7 +218,7 @@ class Record:
             RequestError: `apply` has not written that directory.
         """
         try:
-            found = json.loads((directory / RECORD).read_text("utf-8"))
+            found = read_json(directory / RECORD)
             record = cls(**{field.name: found[field.name] for field in fields(cls)})
             model = (record.model["name"], record.model["fingerprint"])
             named = (record.intervention["digest"], *model, *record.changed)

@@ -15,6 +15,12 @@ import platformdirs
 
 from palimpsest.errors import RequestError, WriteError
 
+DEEPEST = 100
+"""Lists and mappings that may stand within each other in a file that is read."""
+
+LARGEST = 100_000_000
+"""Bytes that a text or JSON file may have that is read as a whole."""
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNWRITABLE = (
     errno.ENOENT,
@@ -154,24 +160,58 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-LARGEST = 64 * 2**20
-"""Bytes of the largest JSON file that is read."""
-
-
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """The value of a JSON file.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: no JSON, larger than `LARGEST`, or nested too deep.
+        OSError: the file cannot be read.
+        ValueError: it is not UTF-8, not JSON, larger than `LARGEST` bytes or deeper than
+            `DEEPEST` levels; the message says which.
     """
-    size = path.stat().st_size
-    if size > LARGEST:
-        raise ValueError(f"{size:,} bytes, more than {LARGEST:,}")
+    with path.open("rb") as file:
+        raw = file.read(LARGEST + 1)
+    if len(raw) > LARGEST:
+        raise ValueError(f"more than {LARGEST} bytes")
+    return parse_json(raw.decode("utf-8"))
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is not JSON, or deeper than `DEEPEST` levels.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(text)
     except RecursionError as error:
-        raise ValueError("nested too deep") from error
+        raise ValueError(f"more than {DEEPEST} levels of brackets") from error
+    if _is_deep(value):
+        raise ValueError(f"more than {DEEPEST} levels of brackets")
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        inner = [each for each in level if isinstance(each, dict | list)]
+        if not inner:
+            return False
+        level = [e for each in inner for e in (each.values() if isinstance(each, dict) else each)]
+    return True
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        OSError: the file cannot be read.
+        RequestError: it is not UTF-8, or larger than `LARGEST` bytes.
+    """
+    with reading(path), path.open("rb") as file:
+        raw = file.read(LARGEST + 1)
+        if len(raw) > LARGEST:
+            raise RequestError(f"expected at most {LARGEST} bytes in {path}, found more; divide it")
+        return raw.decode("utf-8")
 
 
 @contextmanager

@@ -230,8 +230,9 @@ def test_the_same_of_erasers_lists_and_traces():
         ("evaluate.recoverability.strengths=[1]", "evaluate.recoverability.strengths=[1.0]"),
         ("intervene=alphaedit intervene.ridge=10", "intervene=alphaedit intervene.ridge=1e1"),
         ("intervene=ft_l intervene.bound=1", "intervene=ft_l intervene.bound=1.0"),
+        ("intervene=memit intervene.weight=9", "intervene=memit intervene.weight=9e0"),
         ("intervene=inlp intervene.rounds=20", "intervene=inlp intervene.rounds=20.0"),
-        ("intervene=memit model.editors.memit_weight=9", "intervene=memit model.editors.memit_weight=9e0"),
+        ("model.editors.span=1 intervene=memit", "intervene=memit model.editors.span=1.0"),
     ],
     ids=lambda words: words[0],
 )  # fmt: skip

@@ -229,7 +229,7 @@ def test_a_key_that_the_class_takes_may_be_added(call, few, tmp_path):
     ("endless rate", "intervene.search.lr=inf", r"lr to be a finite number above 0, found inf; se"),
     ("clamp", "intervene.search.clamp=0", r"search\.clamp to be a finite number above 0, found 0"),
     ("noise", "intervene.search.noise=nan", r"search\.noise to be a finite number above 0, found"),
-    ("divergence", "intervene.search.kl=-1", r"kl to be a finite number of 0 or more, found -1\.0;"),
+    ("divergence", "intervene.search.kl=-1", r"kl to be a finite number of 0 or more, found -1\.0"),
     ("decay", "intervene.search.weight_decay=nan", r"weight_decay to be a finite number of 0 or m"),
     ("stop", "intervene.search.stop_below=nan", r"stop_below to be a finite number, found nan; se"),
     ("rate of FT", "intervene=ft intervene.lr=-1", r"intervene\.lr to be a finite number above 0"),

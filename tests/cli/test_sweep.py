@@ -102,7 +102,6 @@ VALUES = [
     " padded ",
     "1",
     "1.5",
-    "1e3",
     "true",
     "null",
     "nan",

@@ -326,7 +326,20 @@ def test_too_short_a_text_says_how_long_it_must_be(gpt2: ModelHandle, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "line", ['{"text": "half', '{"words": "none"}', '{"text": 3}', "17", "null", '["a"]', ""]
+    "line",
+    [
+        '{"text": "half',
+        '{"words": "none"}',
+        '{"text": 3}',
+        "17",
+        "null",
+        '["a"]',
+        "",
+        "[" * 5000,
+        "[" * 200 + "]" * 200,
+        '"' + "x" * 1_000_000 + '"',
+    ],
+    ids=lambda line: line[:20],
 )
 def test_a_line_that_is_no_text_is_named_by_its_number(
     gpt2: ModelHandle, tmp_path: Path, line: str

@@ -80,6 +80,7 @@ def _outcome(words: list[str]) -> int:
     try:
         if "_ARGCOMPLETE" in os.environ:
             _answer()
+        words = _admitted(words)
         if words[:1] in (["run"], ["trace"]) and not {"-h", "--help"} & set(words):
             return {"run": _run, "trace": _trace}[words[0]](words[1:])
         options = _parser().parse_args(words)
@@ -271,17 +272,27 @@ def _add_completion(commands: Commands) -> None:
     completion.set_defaults(call=lambda options: _complete(options.shell))
 
 
+def _admitted(words: Sequence[str]) -> list[str]:
+    from palimpsest.cli.door import admitted
+
+    return admitted(words)
+
+
 def _run(words: Sequence[str], source: str | None = None) -> int:
+    from palimpsest.cli.door import check_count
     from palimpsest.cli.jobs import run
 
+    check_count(words)
     return run(words, source)
 
 
 def _trace(words: Sequence[str]) -> int:
     """Trace, then report on it; Hydra's own flags that run nothing report nothing."""
+    from palimpsest.cli.door import check_count
     from palimpsest.cli.jobs import trace
     from palimpsest.cli.sweeps import results_directory
 
+    check_count(words)
     code = trace(words)
     if code or any(word.startswith(("--cfg", "--help", "--info", "-c")) for word in words):
         return code

@@ -94,8 +94,7 @@ def _check_method(node: dict[str, Any]) -> None:
 
 def _plain(values: dict[str, Any]) -> DictConfig:
     """A configuration of these very values: no text in it is an interpolation."""
-    config: DictConfig = OmegaConf.create(_escaped(values))
-    return config
+    return DictConfig(_escaped(values))
 
 
 def _escaped(value: Any) -> Any:
@@ -110,6 +109,9 @@ def as_request(error: Exception) -> Exception:
     """Complaints of Hydra and OmegaConf as a wrong request; any other error as it is."""
     from hydra.errors import HydraException
 
+    if isinstance(error, yaml.YAMLError):
+        cause = " ".join(str(error).split())[:300]
+        return RequestError(f"expected YAML in a configuration file, found {cause}; mend it")
     if isinstance(error, HydraException | OmegaConfBaseException) or _NO_CHOICE in str(error):
         return RequestError(_explained(error))
     return error
@@ -133,9 +135,9 @@ def _explained(error: Exception) -> str:
     if key:
         return unknown(key[1], _valid_keys())
     if isinstance(error, OverrideParseException):
-        cause = text.splitlines()[0]
+        cause, found = text.splitlines()[0][:200], str(error.override)[:80]
         return (
-            f"expected KEY=VALUE in Hydra's grammar, found {error.override!r} ({cause}); "
+            f"expected KEY=VALUE in Hydra's grammar, found {found!r} ({cause}); "
             "quote the value, or close its brackets"
         )
     if text.startswith("Ambiguous value"):
@@ -144,7 +146,10 @@ def _explained(error: Exception) -> str:
             "write `palimpsest run -m` to run each, or [a,b] for a list"
         )
     if _NO_CHOICE in text:
-        return "expected the name of an option for each group, found null; name one, or leave it"
+        return (
+            "expected the name of an option for each group, found null or a mapping; name one, or "
+            "set the keys within"
+        )
     return (
         f"expected a valid configuration, found: {' '.join(text.split())}; "
         "see `palimpsest run --help`"

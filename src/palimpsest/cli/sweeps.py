@@ -3,13 +3,13 @@
 import re
 import textwrap
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from palimpsest.cli.configuration import check_part, resource
-from palimpsest.cli.words import quoted
+from palimpsest.cli.documents import read_document
+from palimpsest.cli.door import in_grammar, refuse_credentials, refuse_many
 from palimpsest.errors import RequestError
 
 
@@ -29,21 +29,18 @@ def sweep_overrides(file: Path) -> list[str]:
     A file that is not there is looked for among the sweeps that come with Palimpsest.
 
     Raises:
-        RequestError: no such file, no YAML, not a grid, or no parameters.
+        RequestError: no such file, no YAML, not a grid, no parameters, a credential among them, or
+            too many jobs.
     """
     ours = resource("sweeps") / file.name
     if not file.exists() and file.parent in (Path(), Path("sweeps")) and ours.exists():
         file = ours
     try:
-        sweep = yaml.safe_load(file.read_text(encoding="utf-8"))
+        sweep = read_document(file)
     except OSError as error:
         raise RequestError(
             f"expected a sweep file, found none at {file}; those that come with Palimpsest are in "
             f"{resource('sweeps')}"
-        ) from error
-    except yaml.YAMLError as error:
-        raise RequestError(
-            f"expected YAML in {file}, found {' '.join(str(error).split())}; mend it"
         ) from error
     parameters = sweep.get("parameters") if isinstance(sweep, dict) else None
     if not parameters or not isinstance(parameters, dict) or sweep.get("method") != "grid":
@@ -51,36 +48,26 @@ def sweep_overrides(file: Path) -> list[str]:
             f"expected a wandb sweep with 'method: grid' and 'parameters' in {file}, found "
             f"{textwrap.shorten(str(sweep), 80)}; see {resource('sweeps') / 'quickstart.yaml'}"
         )
-    parameters = {"record.sweep": {"value": file.stem}, **parameters}
-    return [f"{name}={_values(name, entry, file)}" for name, entry in parameters.items()]
+    refuse_credentials([f"{name}={entry}" for name, entry in parameters.items()], f"{file}")
+    options = {str(name): _options(str(name), entry, file) for name, entry in parameters.items()}
+    refuse_many(prod(map(len, options.values())), f"{file}")
+    options = {"record.sweep": [file.stem]} | options
+    return [f"{name}={','.join(map(in_grammar, values))}" for name, values in options.items()]
 
 
-def _values(name: str, entry: Any, file: Path) -> str:
+def _options(name: str, entry: Any, file: Path) -> list[Any]:
+    """The values that a parameter takes, one after another."""
+    if not re.fullmatch(r"[^-\s=][^\s=]*", name):
+        raise RequestError(
+            f"expected the name of a setting under parameters in {file}, found {name!r}; see "
+            "`palimpsest run --cfg job`"
+        )
     values = entry.get("values") if isinstance(entry, dict) else None
     if values and isinstance(values, list):
-        return ",".join(_word(value) for value in values)
+        return values
     if isinstance(entry, dict) and "value" in entry:
-        return _word(entry["value"])
+        return [entry["value"]]
     raise RequestError(
-        f"expected 'value' or 'values' under parameters.{name} in {file}, found {entry!r}; "
-        "a grid has no distributions"
+        f"expected 'value' or 'values' under parameters.{name} in {file}, found "
+        f"{repr(entry)[:80]}; a grid has no distributions"
     )
-
-
-def _word(value: Any) -> str:
-    """A YAML value in the grammar of Hydra's overrides."""
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_word(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(_word, value)) + "]"
-    if isinstance(value, str):
-        return _spelt(value)
-    return "null" if value is None else str(value)
-
-
-def _spelt(text: str) -> str:
-    """A text that Hydra reads as this very text: in quotes, unless it is a plain name."""
-    plain = re.fullmatch(r"[A-Za-z][\w./-]*", text) and text.lower() not in ("nan", "inf")
-    if plain and isinstance(yaml.safe_load(text), str):
-        return text
-    return quoted(text)

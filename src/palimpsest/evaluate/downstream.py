@@ -24,7 +24,7 @@ from palimpsest.evaluate.asking import (
 from palimpsest.evaluate.scene import Answers, Scene, ask_targets
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.facts.splits import Splits
-from palimpsest.files import reading
+from palimpsest.files import read_text
 from palimpsest.model.forward import score
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.sample import start_ids
@@ -116,13 +116,12 @@ def held_out(path: str | None) -> str:
     """The held-out text.
 
     Raises:
-        RequestError: the file is missing or empty.
+        RequestError: the file is missing, empty, too large or not UTF-8.
     """
     if path is None:
         return (resources.files("palimpsest.evaluate") / "heldout.txt").read_text(encoding="utf-8")
     file = Path(path)
-    with reading(file):
-        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    text = read_text(file) if file.is_file() else ""
     if not text.strip():
         raise RequestError(
             f"expected a text file with words in it, found none at {path}; "

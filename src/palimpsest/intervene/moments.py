@@ -1,6 +1,5 @@
 """Second moments C = E[k kᵀ] of the inputs of W_out, for many layers in one pass over a text."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from palimpsest.cache import cached_tensors, in_one_pass, is_cached
 from palimpsest.errors import RequestError, check_at_least, check_seed
-from palimpsest.files import reading, sha256_file
+from palimpsest.facts.lines import LONGEST
+from palimpsest.files import parse_json, read_text, reading, sha256_file
 from palimpsest.model.forward import run_to
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.memory import within_memory
@@ -355,19 +355,21 @@ def read_texts(path: Path) -> Iterator[str]:
     """The texts of a JSONL file (strings, or objects with the key `text`) or of a plain text file.
 
     Raises:
-        RequestError: a line is no such JSON; the message gives its number.
+        RequestError: a line is no such JSON or too long, and the message gives its number; or a
+            plain text is too large; or it is not UTF-8.
     """
-    with reading(path), path.open(encoding="utf-8") as lines:
-        if path.suffix != ".jsonl":
-            yield lines.read()
-            return
+    if path.suffix != ".jsonl":
+        yield read_text(path)
+        return
+    with reading(path), path.open(encoding="utf-8") as file:
+        lines = iter(lambda: file.readline(LONGEST + 1), "")
         for number, line in enumerate(lines, 1):
             yield _text_of(line, path, number)
 
 
 def _text_of(line: str, path: Path, number: int) -> str:
     try:
-        record = json.loads(line)
+        record = parse_json(line if len(line) <= LONGEST else "")
         text = record["text"] if isinstance(record, dict) else record
     except (ValueError, KeyError):
         text = None

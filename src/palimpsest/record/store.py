@@ -18,7 +18,15 @@ import duckdb
 import safetensors
 
 from palimpsest.errors import RequestError, Stopped, WriteError
-from palimpsest.files import atomic, fingerprint, read_json, write_json, write_text, writing
+from palimpsest.files import (
+    atomic,
+    fingerprint,
+    parse_json,
+    read_json,
+    write_json,
+    write_text,
+    writing,
+)
 from palimpsest.record.redact import one_line
 from palimpsest.record.row import SCHEMA_VERSION, Row
 
@@ -433,7 +441,7 @@ def _parsed(line: str) -> dict[str, Any]:
     Raises:
         ValueError: it is neither.
     """
-    found = json.loads(line)
+    found = parse_json(line)
     valid = (*({name} for name in _CONTROL), set(COLUMNS))
     if not isinstance(found, dict) or set(found) not in valid:
         raise ValueError("neither a row nor the end of a section")
