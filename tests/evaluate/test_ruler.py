@@ -7,11 +7,11 @@ from typing import get_args
 
 import pytest
 import torch
+from palimpsest.evaluate.recoverability import Recoverability
 from torch import Tensor
 
 from palimpsest.evaluate.attacks.relearning import Relearning
 from palimpsest.evaluate.downstream import Downstream
-from palimpsest.evaluate.recoverability import Recoverability
 from palimpsest.evaluate.ruler import Ruler, portraits
 from palimpsest.facts.dataset import DataSet
 from palimpsest.facts.fact import FactSet, Prompt
