@@ -2,12 +2,12 @@ import warnings
 
 import pytest
 import torch
-from palimpsest.evaluate.recoverability import embeddings
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from palimpsest.evaluate.probes import embeddings
 from palimpsest.evaluate.probing.probes import Probe, Reduced, choose, middle, train_all
 from palimpsest.facts.fact import Prompt
 from palimpsest.model.handle import ModelHandle
