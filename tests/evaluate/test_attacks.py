@@ -50,7 +50,7 @@ def measure(
     return list(attacks.measure(scene, None))
 
 
-def tuned(model: ModelHandle, facts: Splits, lenses: dict[int, Translator]) -> list[Row]:
+def by_tuned_lens(model: ModelHandle, facts: Splits, lenses: dict[int, Translator]) -> list[Row]:
     return list(TunedLens().measure(Scene(model, facts, NONE), lenses))
 
 
@@ -204,7 +204,7 @@ def test_a_translator_finds_what_the_logit_lens_does_not(model: ModelHandle) -> 
         return (50 * loud).unsqueeze(1).expand_as(states)
 
     with model.hooked([(model.blocks[1], secret)]):
-        rows = [*measure(model, facts), *tuned(model, facts, upside_down)]
+        rows = [*measure(model, facts), *by_tuned_lens(model, facts, upside_down)]
     for protocol, least, most in (("tuned_lens", 0.8, 1.0), ("logit_lens", 0.0, 0.2)):
         found = [r.value for r in of(rows, "attack_success", protocol, layer=1, budget=20)]
         values = [value for value in found if value is not None]
@@ -215,7 +215,7 @@ def test_a_translator_finds_what_the_logit_lens_does_not(model: ModelHandle) -> 
 
 def test_the_identity_is_the_logit_lens(model: ModelHandle, facts: Splits) -> None:
     same = Translator(torch.eye(model.width), torch.zeros(model.width), 0.0, 0.0)
-    rows = [*measure(model, facts), *tuned(model, facts, {0: same, 2: same})]
+    rows = [*measure(model, facts), *by_tuned_lens(model, facts, {0: same, 2: same})]
     for metric in ("attack_success", "attack_baseline"):
         for layer in (0, 2):
             tuned, plain = (
