@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -40,7 +40,8 @@ class Ruler:
         """Check that every entry is a measure.
 
         Raises:
-            RequestError: a name that is taken, or a class that lacks a member.
+            RequestError: a name that is taken, nothing, a class that lacks a member, or one whose
+                settings cannot be told.
         """
         for name, measure in self.measures.items():
             _check(name, measure)
@@ -81,11 +82,21 @@ def _check(name: str, measure: object) -> None:
             f"expected a name of a measure under evaluate, found {name!r}; choose a plain name "
             f"other than {' and '.join(TAKEN)}"
         )
+    if measure is None:
+        raise RequestError(
+            f"expected evaluate.{name} to be a measure, found null; leave it out with "
+            f"'~evaluate.{name}'"
+        )
     if not isinstance(measure, Measure):
         lacking = [each for each in _MEMBERS if not hasattr(measure, each)]
         raise RequestError(
             f"expected evaluate.{name} to be a measure, found {type(measure).__name__} without "
             f"{', '.join(lacking)}; docs/extend.md shows a whole one"
+        )
+    if not is_dataclass(measure):
+        raise RequestError(
+            f"expected evaluate.{name} to be a dataclass, whose fields are its settings, found "
+            f"{type(measure).__name__}; write @dataclass(frozen=True) above the class"
         )
 
 
