@@ -64,10 +64,10 @@ FEW = (
     "facts.relations=[P17]",
     "facts.limit=6",
     "contexts=1",
-    "evaluate.recoverability.least=1",
-    "evaluate.relearning.steps=[]",
-    "evaluate.compression.bits=[]",
-    "evaluate.compression.pruned=[]",
+    "evaluate.probes.least=1",
+    "evaluate.mlp_probes.least=1",
+    "~evaluate.relearning",
+    "~evaluate.compression",
     "record=local",
 )
 """A run of half a second."""

@@ -57,7 +57,9 @@ class Counting:
         """One row."""
         self.told.append(self.name)
         row = scene.row("downstream")
-        yield row(metric=self.name, protocol=f"seed {prepared}", value=len(scene.facts.target))
+        return iter(
+            [row(metric=self.name, protocol=f"seed {prepared}", value=len(scene.facts.target))]
+        )
 
 
 # -- each by itself --------------------------------------------------------------------------------

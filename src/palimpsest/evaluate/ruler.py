@@ -66,8 +66,7 @@ class Ruler:
         knows where the subject or the prompt ends are marked `oracle_gate`.
         """
         for name, measure in self.measures.items():
-            rows = measure.measure(scene, prepared[name])
-            yield name, (_marked(row, scene.change) for row in rows)
+            yield name, _told(measure, scene, prepared[name])
 
     @property
     def along(self) -> "Ruler":
@@ -104,6 +103,11 @@ def after(scene: Scene, step: int) -> Scene:
     """The scene after `step` edits of a sequence: of the targets only those edited so far."""
     so_far = replace(scene.facts, target=scene.facts.target[:step])
     return Scene(scene.model, so_far, scene.change, scene.seed, step=step)
+
+
+def _told(measure: Measure, scene: Scene, prepared: Any) -> Iterator[Row]:
+    for row in measure.measure(scene, prepared):
+        yield _marked(row, scene.change)
 
 
 def _marked(row: Row, change: Change) -> Row:
