@@ -25,8 +25,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from palimpsest.evaluate.probing.measuring import POSITIONS
 from palimpsest.evaluate.probing.probes import Probe, Reduced, fit
-from palimpsest.evaluate.recoverability import POSITIONS
 from palimpsest.facts.counterfact import CounterFact
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.facts.splits import split

@@ -65,6 +65,7 @@ FEW = (
     "facts.limit=6",
     "contexts=1",
     "evaluate.probes.least=1",
+    "evaluate.mlp_probes.least=1",
     "~evaluate.relearning",
     "~evaluate.compression",
     "record=local",

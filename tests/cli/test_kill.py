@@ -16,7 +16,7 @@ import duckdb
 import pytest
 
 import palimpsest
-from palimpsest.evaluate.recoverability import Recoverability
+from palimpsest.evaluate.probes import Probes
 from palimpsest.record.row import SCHEMA_VERSION
 from palimpsest.record.store import Run, load_runs, load_unfinished
 
@@ -230,7 +230,7 @@ def interrupt(*_, **__):
 def unfinished(call, few, done, tmp_path, monkeypatch) -> Path:
     """The directory of a run of LEACE that has some of its sections."""
     with monkeypatch.context() as patch:
-        patch.setattr(Recoverability, "measure", interrupt)
+        patch.setattr(Probes, "measure", interrupt)
         assert call("run", *few, "intervene=leace").code == 1
     path = tmp_path / "results" / "runs" / done["leace"].run_id
     assert '"section"' in (path / "rows.jsonl").read_text()

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from palimpsest.evaluate.recoverability import Recoverability
+from palimpsest.evaluate.probes import Probes
 from palimpsest.intervene.editors.values import ValueSearch
 from palimpsest.intervene.erasers.leace import Leace
 from palimpsest.model.handle import ModelHandle
@@ -132,9 +132,9 @@ def check_untouched(handle: ModelHandle):
     ("place", "name", "words"),
     [
         (ValueSearch, "find", ["intervene=rome"]),
-        (Recoverability, "measure", ["intervene=rome"]),
-        (Recoverability, "measure", ["intervene=rome", "intervene.protocol=batch"]),
-        (Recoverability, "measure", ["intervene=leace"]),
+        (Probes, "measure", ["intervene=rome"]),
+        (Probes, "measure", ["intervene=rome", "intervene.protocol=batch"]),
+        (Probes, "measure", ["intervene=leace"]),
     ],
     ids=["fit", "measure independent", "measure batch", "measure leace"],
 )
@@ -173,7 +173,7 @@ def test_after_an_interruption_the_run_is_finished_with_the_same_rows(
     call, few, done, tmp_path, monkeypatch
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(Recoverability, "measure", interrupt)
+        patch.setattr(Probes, "measure", interrupt)
         assert call("run", *few, "intervene=leace").code == 1
     assert unfinished(tmp_path)["run_id"] == done["leace"].run_id
     outcome = call("run", *few, "intervene=leace")

@@ -69,7 +69,7 @@ def test_a_run_with_all_three(written, call, tiny):
     write_csv(tiny, written / "facts.csv")
     words = [
         "intervene=top_components", "evaluate=entropy", "facts=csv", "facts.path=facts.csv",
-        "facts.relations=[P17]", "facts.limit=6", "evaluate.recoverability.least=1",
+        "facts.relations=[P17]", "facts.limit=6", "evaluate.probes.least=1",
         f"model.path={tiny.model}", "locate.layer=2", "record=local",
     ]  # fmt: skip
     for method in ("intervene=none", words[0]):

@@ -1,9 +1,14 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
+from palimpsest.evaluate import scene
+from palimpsest.evaluate.probing import measuring
 from palimpsest.facts.splits import Splits
 from palimpsest.model.handle import ModelHandle
+from tests.evaluate.planting import Plant, Planted, State
 from tests.evaluate.toy import make_splits
 from tests.model.tiny import make_handle
 
@@ -25,3 +30,16 @@ def model() -> ModelHandle:
 def facts() -> Splits:
     """Four classes; two facts a class to change."""
     return make_splits()
+
+
+@pytest.fixture
+def plant(model: ModelHandle, monkeypatch: pytest.MonkeyPatch) -> Plant:
+    """Puts states of one's own in place of the model's."""
+
+    def to(facts: Splits, state: Callable[[State], Tensor]) -> Planted:
+        planted = Planted(model, facts, state)
+        monkeypatch.setattr(scene, "features", planted)
+        monkeypatch.setattr(measuring, "features", planted)
+        return planted
+
+    return to

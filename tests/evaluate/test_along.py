@@ -8,22 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from palimpsest.evaluate.downstream import Downstream
-from palimpsest.evaluate.ruler import Ruler
+from palimpsest.evaluate.ruler import Ruler, after
+from palimpsest.evaluate.scene import Scene
 from palimpsest.facts.splits import Splits
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change
 from palimpsest.record.row import Row
+from tests.evaluate.changed import every
 
 CHANGE = Change("fact", False, 1)
 
 
 @pytest.fixture
 def ruler(tmp_path: Path) -> Ruler:
-    """With a short held-out text."""
-    text = tmp_path / "text.txt"
-    text.write_text("The city of Paris is in the country of France, said Anna. " * 9, "utf-8")
-    return Ruler(Downstream(text=str(text), row_tokens=32))
+    """All measures, with a short held-out text."""
+    return every(tmp_path)
 
 
 @contextmanager
@@ -38,6 +37,15 @@ def changed(model: ModelHandle, seed: int) -> Iterator[None]:
         weight.copy_(saved)
 
 
+def along(
+    ruler: Ruler, model: ModelHandle, facts: Splits, change: Change, step: int
+) -> Iterator[Row]:
+    """The rows after so many edits."""
+    part = ruler.along
+    prepared = part.prepare(model, facts, 0)
+    return part.measure(after(Scene(model, facts, change), step), prepared)
+
+
 def without_step(rows: list[Row]) -> list[Row]:
     """The rows as a measurement after the last edit would name them."""
     return [replace(row, step=None) for row in rows]
@@ -49,10 +57,10 @@ def test_the_first_facts_are_measured_as_if_there_were_no_others(
 ) -> None:
     """Every value is that of a whole measurement with those facts for targets."""
     some = replace(facts, target=facts.target[:step])
-    baseline = ruler.prepare(model, facts, 0)
+    prepared = ruler.prepare(model, facts, 0)
     with changed(model, step):
-        found = list(ruler.along(model, facts, CHANGE, step, 0))
-        direct = dict(ruler.sections(model, some, CHANGE, baseline, 0))
+        found = list(along(ruler, model, facts, CHANGE, step))
+        direct = dict(ruler.sections(Scene(model, some, CHANGE), prepared))
         expected = list(direct["downstream"])
     assert {row.step for row in found} == {step}
     of_targets = [row for row in expected if row.split == "target" or row.metric == "perplexity"]
@@ -62,7 +70,7 @@ def test_the_first_facts_are_measured_as_if_there_were_no_others(
 
 
 def test_the_metrics_along_the_way(model: ModelHandle, facts: Splits, ruler: Ruler) -> None:
-    rows = list(ruler.along(model, facts, CHANGE, 8, 0))
+    rows = list(along(ruler, model, facts, CHANGE, 8))
     metrics = {row.metric for row in rows}
     assert metrics == {
         "efficacy", "paraphrase", "neighborhood", "suppression", "score", "perplexity",
@@ -78,7 +86,7 @@ def test_each_state_is_measured_by_itself(model: ModelHandle, facts: Splits, rul
     perplexity = []
     for step in (1, 2):
         with changed(model, step):
-            rows = list(ruler.along(model, facts, CHANGE, step, 0))
+            rows = list(along(ruler, model, facts, CHANGE, step))
         perplexity += [row.value for row in rows if row.metric == "perplexity"]
     assert len(set(perplexity)) == 2
 
@@ -88,13 +96,13 @@ def test_a_fact_that_could_not_be_changed_has_no_value(
 ) -> None:
     lost = facts.target[1]
     change = replace(CHANGE, failed={lost.id: "no finite loss"})
-    plain = list(ruler.along(model, facts, CHANGE, 4, 0))
-    found = list(ruler.along(model, facts, change, 4, 0))
-    for before, after in zip(plain, found, strict=True):
+    plain = list(along(ruler, model, facts, CHANGE, 4))
+    found = list(along(ruler, model, facts, change, 4))
+    for before, now in zip(plain, found, strict=True):
         if before.fact_id == lost.id:
-            assert after == replace(before, value=None, n=0, note="no finite loss")
+            assert now == replace(before, value=None, n=0, note="no finite loss")
         elif before.metric != "score":
-            assert after == before
+            assert now == before
     score = next(row for row in found if row.metric == "score")
     assert score.n == 3
 
@@ -104,16 +112,16 @@ def test_every_axis_withholds_what_was_not_changed(
 ) -> None:
     lost = facts.target[0]
     change = replace(CHANGE, failed={lost.id: "no finite loss"})
-    baseline = ruler.prepare(model, facts, 0)
-    plain, found = (list(ruler.measure(model, facts, c, baseline, 0)) for c in (CHANGE, change))
+    prepared = ruler.prepare(model, facts, 0)
+    plain, found = (list(ruler.measure(Scene(model, facts, c), prepared)) for c in (CHANGE, change))
     axes = set()
-    for before, after in zip(plain, found, strict=True):
+    for before, now in zip(plain, found, strict=True):
         if before.fact_id == lost.id and before.split == "target":
-            assert (after.value, after.n) == (None, 0)
-            assert "no finite loss" in (after.note or "")
-            axes.add(after.axis)
+            assert (now.value, now.n) == (None, 0)
+            assert "no finite loss" in (now.note or "")
+            axes.add(now.axis)
         elif before.fact_id is not None:
-            assert after == before
+            assert now == before
     assert axes == {"downstream", "recoverability", "consistency"}
 
 
@@ -125,7 +133,7 @@ def test_a_model_without_finite_probabilities_has_no_values(
     saved = weight.clone()
     weight.fill_(torch.nan)
     try:
-        rows = list(ruler.along(model, facts, CHANGE, 3, 0))
+        rows = list(along(ruler, model, facts, CHANGE, 3))
     finally:
         weight.copy_(saved)
     assert {row.metric for row in rows} >= {"efficacy", "suppression", "neighborhood", "perplexity"}

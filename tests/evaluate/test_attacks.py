@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from palimpsest.errors import RequestError
+from palimpsest.evaluate import scene as shared
 from palimpsest.evaluate.asking import Query
 from palimpsest.evaluate.attacks import candidates as module
 from palimpsest.evaluate.attacks.candidates import NO_NAMES, NO_THIRD, SAME_TOKEN, Attacks
-from palimpsest.evaluate.downstream import Answers, ask_targets
-from palimpsest.evaluate.tuned_lens import Translator
+from palimpsest.evaluate.scene import Answers, Scene
+from palimpsest.evaluate.tuned_lens import Translator, TunedLens
 from palimpsest.facts.fact import Fact
 from palimpsest.facts.splits import Splits
 from palimpsest.model.forward import Score, logits
@@ -27,6 +28,7 @@ TOKENS = 400
 
 NONE = Change("fact", False, None)
 INDEPENDENT = Change("fact", True, 2)
+ATTACKS = Attacks(stride=1)
 
 
 @pytest.fixture
@@ -40,10 +42,16 @@ def measure(
     facts: Splits,
     answers: Answers | None = None,
     change: Change = NONE,
-    lenses: dict[int, Translator] | None = None,
+    attacks: Attacks = ATTACKS,
 ) -> list[Row]:
-    found = answers if answers is not None else ask_targets(model, facts)
-    return list(Attacks(stride=1).measure(model, facts, change, found, lenses or {}))
+    scene = Scene(model, facts, change)
+    if answers is not None:
+        scene.__dict__["answers"] = answers
+    return list(attacks.measure(scene, None))
+
+
+def by_tuned_lens(model: ModelHandle, facts: Splits, lenses: dict[int, Translator]) -> list[Row]:
+    return list(TunedLens().measure(Scene(model, facts, NONE), lenses))
 
 
 def of(rows: Sequence[Row], metric: str, protocol: str, **equal: object) -> list[Row]:
@@ -86,7 +94,7 @@ def planted(
                 out.append(row)
             return torch.stack(out)
 
-        monkeypatch.setattr(module, "features", features)
+        monkeypatch.setattr(shared, "features", features)
         monkeypatch.setattr(module, "logit_lens", read)
         return measure(model, facts)
 
@@ -102,28 +110,26 @@ def test_the_lens_finds_a_secret_at_the_layer_where_it_is_planted(planted) -> No
             assert len(found) == 8
 
 
-def test_a_budget_is_a_rank(planted, model: ModelHandle, facts: Splits) -> None:
+def test_a_budget_is_a_rank(
+    planted, model: ModelHandle, facts: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Six tokens are made likelier than the secret: seven candidates hold it, five do not."""
 
     def scores(layer: int, fact: Fact) -> dict[str, float]:
         return {fact.true: 20.0}
 
-    real = module.Attacks(budgets=[1, 6, 7], stride=1)
     rows = planted(scores)
     assert {row.value for row in of(rows, "attack_success", "logit_lens", budget=1)} == {1.0}
-    plain = module.logit_lens
+    read = module.logit_lens
 
     def above(handle: ModelHandle, states: Tensor) -> Tensor:
-        out = plain(handle, states)
+        out = read(handle, states)
         free = [token for token in range(TOKENS) if not (out[:, token] == 20.0).any()][:6]
         out[:, free] = 30.0
         return out
 
-    module.logit_lens, kept = above, module.logit_lens
-    try:
-        rows = list(real.measure(model, facts, NONE, ask_targets(model, facts), {}))
-    finally:
-        module.logit_lens = kept
+    monkeypatch.setattr(module, "logit_lens", above)
+    rows = measure(model, facts, attacks=Attacks(budgets=[1, 6, 7], stride=1))
     for budget, hit in ((1, 0.0), (6, 0.0), (7, 1.0)):
         found = of(rows, "attack_success", "logit_lens", budget=budget)
         assert {row.value for row in found} == {hit}
@@ -198,7 +204,7 @@ def test_a_translator_finds_what_the_logit_lens_does_not(model: ModelHandle) -> 
         return (50 * loud).unsqueeze(1).expand_as(states)
 
     with model.hooked([(model.blocks[1], secret)]):
-        rows = measure(model, facts, lenses=upside_down)
+        rows = [*measure(model, facts), *by_tuned_lens(model, facts, upside_down)]
     for protocol, least, most in (("tuned_lens", 0.8, 1.0), ("logit_lens", 0.0, 0.2)):
         found = [r.value for r in of(rows, "attack_success", protocol, layer=1, budget=20)]
         values = [value for value in found if value is not None]
@@ -209,7 +215,7 @@ def test_a_translator_finds_what_the_logit_lens_does_not(model: ModelHandle) -> 
 
 def test_the_identity_is_the_logit_lens(model: ModelHandle, facts: Splits) -> None:
     same = Translator(torch.eye(model.width), torch.zeros(model.width), 0.0, 0.0)
-    rows = measure(model, facts, lenses={0: same, 2: same})
+    rows = [*measure(model, facts), *by_tuned_lens(model, facts, {0: same, 2: same})]
     for metric in ("attack_success", "attack_baseline"):
         for layer in (0, 2):
             tuned, plain = (
@@ -356,14 +362,14 @@ def test_two_objects_have_no_baseline(model: ModelHandle) -> None:
 # -- settings --------------------------------------------------------------------------------------
 
 
-def test_no_budget_no_attack(model: ModelHandle, facts: Splits) -> None:
-    none = Attacks(budgets=[])
-    assert list(none.measure(model, facts, NONE, ask_targets(model, facts), {})) == []
-
-
 @pytest.mark.parametrize(
     ("mistake", "name"),
-    [({"budgets": [0]}, "budgets"), ({"stride": 0}, "stride"), ({"shots": 0}, "shots")],
+    [
+        ({"budgets": []}, "budgets"),
+        ({"budgets": [0]}, "budgets"),
+        ({"stride": 0}, "stride"),
+        ({"shots": 0}, "shots"),
+    ],
 )
 def test_numbers_that_are_too_small_are_refused(mistake: dict, name: str) -> None:
     with pytest.raises(RequestError, match=f"evaluate.attacks.{name}.*at least 1"):

@@ -13,7 +13,7 @@ from palimpsest.errors import RequestError
 from palimpsest.evaluate.attacks import compression as module
 from palimpsest.evaluate.attacks.compression import Compression, compressed, pruned, quantized
 from palimpsest.evaluate.attacks.returning import INDEPENDENT
-from palimpsest.evaluate.downstream import ask_targets
+from palimpsest.evaluate.scene import Scene, ask_targets
 from palimpsest.facts.splits import Splits
 from palimpsest.model.borrowing import borrowed
 from palimpsest.model.difference import Difference
@@ -32,7 +32,8 @@ WAYS = ("int8", "int4", "pruned_30", "pruned_50")
 def measure(
     model: ModelHandle, facts: Splits, change: Change = JOINT, **options: object
 ) -> list[Row]:
-    return list(Compression(**options).measure(model, facts, change, 0))  # type: ignore[arg-type]
+    method = Compression(**options)  # type: ignore[arg-type]
+    return list(method.measure(Scene(model, facts, change), None))
 
 
 def mean(rows: Sequence[Row], metric: str, protocol: str) -> float:
@@ -217,7 +218,7 @@ def test_the_model_is_restored_after_an_error(
 
 def test_a_reader_who_stops_leaves_nothing_behind(model: ModelHandle, facts: Splits) -> None:
     before = state(model)
-    rows = Compression().measure(model, facts, JOINT, 0)
+    rows = Compression().measure(Scene(model, facts, JOINT), None)
     next(rows)
     assert_as_before(model, before)
 
@@ -273,12 +274,13 @@ def test_each_independent_edit_is_compressed_by_itself(
         weight += each.matrix(0)
     carried = weight.clone()
     with per_fact(model, own):
-        found = list(Compression().measure(model, facts, change, 0, [*own, *all_of]))
+        scene = Scene(model, facts, change, differences=[*own, *all_of])
+        found = list(Compression().measure(scene, None))
     assert torch.equal(weight, carried)
     wanted = []
     for n, fact in enumerate(facts.target):
         weight.copy_(carried + sum(each.matrix(n) for each in own))
-        mine = [(o, f) for o, f in module.dealt(facts.others, facts, change, 0) if o == n]
+        mine = [(o, f) for o, f in scene.dealt(facts.others) if o == n]
         alone = replace(facts, target=(fact,), others=tuple(f for _, f in mine))
         wanted += measure(model, alone)
     weight.copy_(plain)

@@ -6,6 +6,7 @@ import pytest
 from palimpsest.evaluate import asking
 from palimpsest.evaluate.asking import Answer
 from palimpsest.evaluate.consistency import Consistency, Premises
+from palimpsest.evaluate.scene import Scene
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.facts.splits import Splits
 from palimpsest.model.forward import Score
@@ -61,7 +62,9 @@ def tops(*objects: str, fact: Fact = FACT) -> dict[str, Answer]:
 def measure(
     model: ModelHandle, facts: Splits, answers: list[dict[str, Answer]], premises: Premises
 ) -> dict[Key, Row]:
-    return by_key(Consistency().measure(model, facts, CHANGE, answers, premises))
+    scene = Scene(model, facts, CHANGE)
+    scene.__dict__["answers"] = answers
+    return by_key(Consistency().measure(scene, premises))
 
 
 def premises_of(fact: Fact, **known: bool) -> Premises:
@@ -224,7 +227,7 @@ def test_premises_are_asked_once_and_belong_to_nobody(
 ) -> None:
     facts = [replace(make_fact(4 * n), new="Japan") for n in range(3)]
     asked = say(lambda _, what, __: Score(-1.0, 1, what == "Japanese"))
-    premises = Consistency().prepare(model, only(*facts))
+    premises = Consistency().prepare(model, only(*facts), 0)
     french, japanese = "The language of France is", "The language of Japan is"
     assert premises == {(french, "French"): False, (japanese, "Japanese"): True}
     assert sorted(asked) == [(french, "French", -1), (japanese, "Japanese", -1)]
@@ -236,14 +239,14 @@ def test_premises_without_an_answer_are_not_asked(
     france = {"France": Prompt("premise", "The language of France is")}
     question = replace(QUESTION, answers={"France": "French"}, premises=france)
     asked = say(lambda *_: Score(-1.0, 1, True))
-    premises = Consistency().prepare(model, only(replace(FACT, entailed=(question,))))
+    premises = Consistency().prepare(model, only(replace(FACT, entailed=(question,))), 0)
     assert list(premises) == [("The language of France is", "French")]
     assert len(asked) == 1
 
 
 def test_premises_are_asked_of_the_real_model(model: ModelHandle) -> None:
     facts = only(*[replace(make_fact(n), new=CLASSES[(n + 1) % 4]) for n in range(4)])
-    premises = Consistency().prepare(model, facts)
+    premises = Consistency().prepare(model, facts, 0)
     assert len(premises) == 4
     for (text, answer), known in premises.items():
         row = model.encode(Prompt("premise", text), answer)

@@ -12,7 +12,8 @@ from palimpsest.errors import RequestError
 from palimpsest.evaluate import asking
 from palimpsest.evaluate import downstream as module
 from palimpsest.evaluate.asking import Answer, rotation
-from palimpsest.evaluate.downstream import Answers, Downstream, ask_targets
+from palimpsest.evaluate.downstream import Downstream
+from palimpsest.evaluate.scene import Answers, Scene, ask_targets
 from palimpsest.facts.splits import Splits
 from palimpsest.model.forward import Score
 from palimpsest.model.handle import ModelHandle
@@ -103,8 +104,9 @@ ANSWERS: Answers = [
 def measure(
     model: ModelHandle, text: Path, facts: Splits, answers: Answers, seed: int = 0, **more: Any
 ) -> list[Row]:
-    ruler = Downstream(text=str(text), row_tokens=32)
-    return list(ruler.measure(model, facts, more.get("change", CHANGE), answers, seed))
+    scene = Scene(model, facts, more.get("change", CHANGE), seed)
+    scene.__dict__["answers"] = answers
+    return list(Downstream(text=str(text), row_tokens=32).measure(scene, None))
 
 
 def values(rows: Sequence[Row], metric: str, protocol: str) -> dict[tuple[int, str], float]:
@@ -289,7 +291,7 @@ def test_perplexity_is_a_plain_loop_over_the_same_rows(prefix: str, text: Path) 
 
 
 def test_rows_of_a_shared_text_have_the_length_asked_for(model: ModelHandle, facts: Splits) -> None:
-    rows = Downstream()._rows(model, facts, CHANGE, 0)
+    rows = Downstream()._rows(Scene(model, facts, CHANGE))
     assert {len(row.ids) for row in rows[:-1]} == {128}
     assert len(rows[-1].ids) <= 128
     assert len(rows) > 8
@@ -316,4 +318,4 @@ def test_rows_too_short_to_predict_a_token_are_refused(tokens: int) -> None:
 def test_a_prefix_that_fills_the_rows_is_refused(text: Path) -> None:
     model = make_handle(prefix="The city of Paris is in the country")
     with pytest.raises(RequestError, match=r"evaluate.downstream.row_tokens"):
-        list(Downstream(str(text), 4).measure(model, SMALL, CHANGE, ANSWERS, 0))
+        list(Downstream(str(text), 4).measure(Scene(model, SMALL, CHANGE), None))

@@ -12,6 +12,7 @@ from palimpsest.errors import RequestError
 from palimpsest.evaluate.attacks import inversion as module
 from palimpsest.evaluate.attacks.candidates import SAME_TOKEN
 from palimpsest.evaluate.attacks.inversion import ALL_WRITTEN, NO_WEIGHT, Inversion
+from palimpsest.evaluate.scene import Scene
 from palimpsest.facts.fact import Fact
 from palimpsest.facts.splits import Splits
 from palimpsest.model.difference import Difference, merged
@@ -52,7 +53,8 @@ def measure(
     change: Change = INDEPENDENT,
     **options: object,
 ) -> list[Row]:
-    return list(Inversion(**options).measure(model, facts, change, differences))  # type: ignore[arg-type]
+    method = Inversion(**options)  # type: ignore[arg-type]
+    return list(method.measure(Scene(model, facts, change, differences=differences), None))
 
 
 def mean(rows: Sequence[Row], metric: str, protocol: str, budget: int | None = None) -> float:
@@ -242,13 +244,10 @@ def test_directions_are_those_of_the_matrix() -> None:
 # -- settings --------------------------------------------------------------------------------------
 
 
-def test_no_budget_no_attack(model: ModelHandle, facts: Splits) -> None:
-    assert measure(model, facts, [], budgets=[]) == []
-
-
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
+        ({"budgets": []}, r"evaluate\.inversion\.budgets to be at least 1, found 0"),
         ({"budgets": [0]}, r"evaluate\.inversion\.budgets to be at least 1, found 0"),
         ({"budgets": [5, 5]}, r"evaluate\.inversion\.budgets to name each value once, found \[5"),
         ({"scale": 0.0}, r"evaluate\.inversion\.scale to be a finite number above 0, found 0"),

@@ -8,20 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from palimpsest.evaluate.downstream import Downstream
 from palimpsest.evaluate.probing.probes import train_all
 from palimpsest.evaluate.ruler import Ruler, portraits
+from palimpsest.evaluate.scene import Scene
 from palimpsest.facts.splits import Splits
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change
+from tests.evaluate.changed import every
 
 
 @pytest.fixture
 def ruler(tmp_path: Path) -> Ruler:
-    """With a short held-out text."""
-    text = tmp_path / "text.txt"
-    text.write_text("The city of Paris is in the country of France, said Anna. " * 9, "utf-8")
-    return Ruler(Downstream(text=str(text), row_tokens=32))
+    """All measures, with a short held-out text."""
+    return every(tmp_path)
 
 
 @contextmanager
@@ -43,9 +42,9 @@ def test_nothing_is_read_off_a_ruined_model(
 ) -> None:
     """On every axis; what lies before the change, and the baselines of names, stay."""
     change = Change("fact", independent, 1)
-    baseline = ruler.prepare(model, facts, 0)
+    prepared = ruler.prepare(model, facts, 0)
     with ruined(model, value):
-        rows = list(ruler.measure(model, facts, change, baseline, 0))
+        rows = list(ruler.measure(Scene(model, facts, change), prepared))
         told = portraits(model, facts)
     upstream = ("majority", "embedding")
     below = [row for row in rows if row.layer is not None and row.layer < 1]
@@ -78,9 +77,9 @@ def test_what_feels_a_failed_facts_change_is_left_out(
     lost = facts.target[0].id
     sound = Change("fact", independent, 1)
     failed = replace(sound, failed={lost: "cause"})
-    baseline = ruler.prepare(model, facts, 0)
+    prepared = ruler.prepare(model, facts, 0)
     found, whole = (
-        list(ruler.measure(model, facts, change, baseline, 0)) for change in (failed, sound)
+        list(ruler.measure(Scene(model, facts, change), prepared)) for change in (failed, sound)
     )
 
     def count(rows: list, split: str | None, metric: str) -> int:

@@ -7,8 +7,8 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from palimpsest.evaluate.probes import embeddings
 from palimpsest.evaluate.probing.probes import Probe, Reduced, choose, middle, train_all
-from palimpsest.evaluate.recoverability import embeddings
 from palimpsest.facts.fact import Prompt
 from palimpsest.model.handle import ModelHandle
 

@@ -15,7 +15,7 @@ from palimpsest.evaluate.asking import NOT_FINITE
 from palimpsest.evaluate.attacks import relearning as module
 from palimpsest.evaluate.attacks.relearning import NO_LESSONS, Relearning
 from palimpsest.evaluate.attacks.returning import INDEPENDENT
-from palimpsest.evaluate.downstream import ask_targets
+from palimpsest.evaluate.scene import Scene, ask_targets
 from palimpsest.facts.splits import Splits
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change
@@ -39,7 +39,7 @@ def measure(
     model: ModelHandle, facts: Splits, change: Change = JOINT, seed: int = 0, **options: object
 ) -> list[Row]:
     method = Relearning(**options)  # type: ignore[arg-type]
-    return list(method.measure(model, facts, change, ask_targets(model, facts), seed))
+    return list(method.measure(Scene(model, facts, change, seed), None))
 
 
 def mean(rows: Sequence[Row], metric: str, protocol: str, step: int) -> float:
@@ -215,7 +215,7 @@ def test_the_model_is_restored_after_an_error(
 
 def test_a_reader_who_stops_leaves_nothing_behind(model: ModelHandle, facts: Splits) -> None:
     before = state(model)
-    rows = Relearning(steps=[2], lr=1e-2).measure(model, facts, JOINT, [], 0)
+    rows = Relearning(steps=[2], lr=1e-2).measure(Scene(model, facts, JOINT), None)
     next(rows)
     assert_as_before(model, before)
 
@@ -256,20 +256,17 @@ def test_a_ruined_model_has_no_values(
     assert all(math.isfinite(row.value or 0) for row in rows)
 
 
-def test_no_steps_no_relearning(model: ModelHandle, facts: Splits) -> None:
-    assert measure(model, facts, steps=[]) == []
-
-
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
         ({"steps": [-1]}, r"relearning\.steps to be at least 0, found -1"),
         ({"steps": [2, 2]}, r"relearning\.steps to name each value once, found \[2, 2\]"),
+        ({"steps": []}, r"relearning\.steps to be at least 1, found 0"),
         ({"batch": 0}, r"relearning\.batch to be at least 1, found 0"),
         ({"lr": 0.0}, r"relearning\.lr to be a finite number above 0, found 0"),
         ({"blocks": 0}, r"relearning\.blocks to be at least 1, found 0"),
     ],
 )
 def test_bad_settings_are_refused(mistake: dict, message: str) -> None:
-    with pytest.raises(RequestError, match=f"evaluate.{message}"):
+    with pytest.raises(RequestError, match=rf"evaluate\.{message}"):
         Relearning(**mistake)

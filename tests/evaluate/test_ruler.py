@@ -1,5 +1,3 @@
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
 from math import isfinite
 from pathlib import Path
@@ -7,12 +5,9 @@ from typing import get_args
 
 import pytest
 import torch
-from torch import Tensor
 
-from palimpsest.evaluate.attacks.relearning import Relearning
-from palimpsest.evaluate.downstream import Downstream
-from palimpsest.evaluate.recoverability import Recoverability
 from palimpsest.evaluate.ruler import Ruler, portraits
+from palimpsest.evaluate.scene import Scene
 from palimpsest.facts.dataset import DataSet
 from palimpsest.facts.fact import FactSet, Prompt
 from palimpsest.facts.splits import Splits, split
@@ -20,8 +15,16 @@ from palimpsest.model.difference import Difference
 from palimpsest.model.forward import features, greedy
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change, Part, Policy, Position, Site
-from palimpsest.model.tokens import NOBODY
 from palimpsest.record.row import UPSTREAM, Axis, Row, Scope
+from tests.evaluate.changed import (
+    CHANGES,
+    deltas,
+    erased,
+    every,
+    lay_on,
+    one_for_all,
+    per_fact,
+)
 from tests.evaluate.toy import CLASSES, make_fact, make_splits
 from tests.model.tiny import make_handle
 
@@ -52,101 +55,9 @@ def dealt() -> Splits:
 
 @pytest.fixture
 def ruler(tmp_path: Path) -> Ruler:
-    """Quick to lay on."""
-    text = tmp_path / "text.txt"
-    text.write_text("The capital of France is Paris; the capital of Italy is Rome. " * 6, "utf-8")
-    return Ruler(
-        Downstream(text=str(text), row_tokens=32),
-        Recoverability(stride=2, least=4, folds=3),
-        lens=None,
-        relearning=Relearning(steps=[0, 1]),
-    )
-
-
-# -- changes made by hand --------------------------------------------------------------------------
-
-Applied = Callable[[ModelHandle], AbstractContextManager[None]]
-
-
-def deltas(model: ModelHandle) -> tuple[Tensor, Tensor]:
-    """Left `[6, d_mlp]` and right `[6, d_model]` vectors of rank-one changes of block 1's W_out."""
-    generator = torch.Generator().manual_seed(1)
-    sizes = reversed(model.w_out(1).shape)
-    left, right = (torch.randn(6, n, generator=generator) / 2 for n in sizes)
-    return left, right
-
-
-@contextmanager
-def per_fact(model: ModelHandle) -> Iterator[None]:
-    """Each fact has its own rank-one delta of W_out, felt by its own prompts."""
-    left, right = deltas(model)
-    w_out = model.module(Site(1, "mlp"))
-
-    def hook(module: object, args: tuple[Tensor], value: Tensor) -> Tensor:
-        assert model.running is not None
-        owner = model.running.owner
-        at_key = torch.einsum("ntk,nk->nt", args[0], left[owner]) * (owner != NOBODY)[:, None]
-        return value + at_key[..., None] * right[owner][:, None]
-
-    handle = w_out.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def one_for_all(fact: int) -> Applied:
-    """The weight is really changed by one fact's delta."""
-
-    @contextmanager
-    def applied(model: ModelHandle) -> Iterator[None]:
-        left, right = deltas(model)
-        weight = model.w_out(1)
-        saved = weight.clone()
-        weight.add_(torch.outer(right[fact], left[fact]))
-        try:
-            yield
-        finally:
-            weight.copy_(saved)
-
-    return applied
-
-
-def erased(policy: str, part: Part = "residual") -> Applied:
-    """Half of the dimensions are projected away at block 1, where the policy says."""
-
-    @contextmanager
-    def applied(model: ModelHandle) -> Iterator[None]:
-        basis = torch.linalg.qr(torch.randn(32, 16, generator=torch.Generator().manual_seed(1))).Q
-
-        def hook(states: Tensor) -> Tensor:
-            assert model.running is not None
-            here = model.running.selects(policy)[..., None]  # type: ignore[arg-type]
-            return torch.where(here, states - (states @ basis) @ basis.T, states)
-
-        with model.hooked([(model.module(Site(1, part)), hook)]):
-            yield
-
-    return applied
-
-
-CHANGES: dict[str, tuple[Change, Applied]] = {
-    "none": (Change("fact", False, None), lambda _: nullcontext()),
-    "independent": (Change("fact", True, 1), per_fact),
-    "batch": (Change("relation", False, 1), one_for_all(0)),
-    "erasure": (
-        Change("relation", False, 1, "residual", "all_but_sink"),
-        erased("all_but_sink"),
-    ),
-    "oracle": (Change("fact", False, 1, "residual", "last_prompt"), erased("last_prompt")),
-}
-
-
-def lay_on(ruler: Ruler, model: ModelHandle, facts: Splits, name: str, seed: int = 0) -> list[Row]:
-    change, applied = CHANGES[name]
-    baseline = ruler.prepare(model, facts, seed)
-    with applied(model):
-        return list(ruler.measure(model, facts, change, baseline, seed))
+    """All but the tuned lens, which no test here is about."""
+    whole = every(tmp_path)
+    return whole.only(set(whole.measures) - {"tuned_lens"})
 
 
 Values = dict[tuple[object, ...], float | None]
@@ -221,10 +132,10 @@ def test_values_are_called_unchanged_where_states_are(
     positions = get_args(Position)
     before = features(model, encoded, sites, positions)
     change = Change("relation", False, 1, part, policy)
-    baseline = ruler.prepare(model, facts, 0)
+    prepared = ruler.prepare(model, facts, 0)
     with erased(policy, part)(model):
         after = features(model, encoded, sites, positions)
-        rows = list(ruler.measure(model, facts, change, baseline, 0))
+        rows = list(ruler.measure(Scene(model, facts, change), prepared))
     place = {fact.id: n for n, fact in enumerate(target)}
     read = [row for row in rows if row.layer is not None and row.fact_id in place]
     states = (before, after)
@@ -308,11 +219,11 @@ def test_a_facts_rows_are_those_of_really_changing_the_weight(
 ) -> None:
     """Independent changes in one pass against one changed model a fact."""
     change, _ = CHANGES["independent"]
-    baseline = ruler.prepare(model, dealt, 0)
+    prepared = ruler.prepare(model, dealt, 0)
     together = lay_on(ruler, model, dealt, "independent")
     for n in (0, 3):
         with one_for_all(n)(model):
-            alone = list(ruler.measure(model, dealt, change, baseline, 0))
+            alone = list(ruler.measure(Scene(model, dealt, change), prepared))
         mine = [
             {
                 (r.metric, r.protocol, r.prompt_id, r.layer, r.position, r.budget): r.value
@@ -354,12 +265,12 @@ def test_what_a_change_left_in_weights_reaches_the_attacks_on_them(
     change, applied = CHANGES["batch"]
     left, right = deltas(model)
     written = (Difference(1, left[:1, None], right[:1, None]),)
-    baseline = ruler.prepare(model, dealt, 0)
+    prepared = ruler.prepare(model, dealt, 0)
     with applied(model):
-        told = dict(ruler.sections(model, dealt, change, baseline, 0, written))
+        told = dict(ruler.sections(Scene(model, dealt, change, 0, written), prepared))
         names = list(told)
         backwards = {name: list(told[name]) for name in reversed(names)}
-        whole = list(ruler.measure(model, dealt, change, baseline, 0, written))
+        whole = list(ruler.measure(Scene(model, dealt, change, 0, written), prepared))
     assert names[-3:] == ["relearning", "compression", "inversion"]
     assert [row for name in names for row in backwards[name]] == whole
     for name in names[-3:]:

@@ -93,12 +93,12 @@ def test_rows_tell_both_divergences(model: ModelHandle) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tokens": 10}, "evaluate.lens.tokens.*at least 128"),
-        ({"steps": -1}, "evaluate.lens.steps"),
-        ({"batch": 0}, "evaluate.lens.batch"),
-        ({"lr": 0.0}, "evaluate.lens.lr"),
-        ({"ridge": 0.0}, "evaluate.lens.ridge"),
-        ({"seed": -1}, "evaluate.lens.seed"),
+        ({"tokens": 10}, "evaluate.tuned_lens.tokens.*at least 128"),
+        ({"steps": -1}, "evaluate.tuned_lens.steps"),
+        ({"batch": 0}, "evaluate.tuned_lens.batch"),
+        ({"lr": 0.0}, "evaluate.tuned_lens.lr"),
+        ({"ridge": 0.0}, "evaluate.tuned_lens.ridge"),
+        ({"seed": -1}, "evaluate.tuned_lens.seed"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options: dict[str, float], message: str) -> None:

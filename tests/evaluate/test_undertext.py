@@ -10,6 +10,7 @@ from torch import Tensor
 
 from palimpsest.errors import RequestError
 from palimpsest.evaluate import undertext as module
+from palimpsest.evaluate.scene import Scene
 from palimpsest.evaluate.undertext import NO_GROUP, Undertext
 from palimpsest.facts.splits import Splits
 from palimpsest.model.forward import features
@@ -32,9 +33,10 @@ def facts() -> Splits:
 
 
 def measure(
-    model: ModelHandle, facts: Splits, change: Change = NONE, within: Change | None = None
+    model: ModelHandle, facts: Splits, change: Change = NONE, undertext: Undertext = MAP
 ) -> list[Row]:
-    return list(MAP.measure(model, facts, change, MAP.prepare(model, facts)))
+    prepared = undertext.prepare(model, facts, 0)
+    return list(undertext.measure(Scene(model, facts, change), prepared))
 
 
 def of(rows: Sequence[Row], metric: str, **equal: object) -> list[Row]:
@@ -93,9 +95,9 @@ def test_a_planted_object_is_legible_where_it_stands(
 def test_the_new_object_is_legible_where_it_was_written(model: ModelHandle, facts: Splits) -> None:
     """Probes of the unchanged model are laid on an edit of single facts."""
     with Planted(model, facts, "last_subject"):
-        prepared = MAP.prepare(model, facts)
+        prepared = MAP.prepare(model, facts, 0)
     with Planted(model, facts, "last_subject", new=True):
-        rows = list(MAP.measure(model, facts, INDEPENDENT, prepared))
+        rows = list(MAP.measure(Scene(model, facts, INDEPENDENT), prepared))
     [new] = of(rows, "legibility_new", layer=1, position="last_subject")
     [old] = of(rows, "legibility_old", layer=1, position="last_subject")
     assert (new.value, old.value) == (1.0, 0.0)
@@ -106,9 +108,9 @@ def test_probes_are_trained_anew_on_a_model_changed_for_all(
     model: ModelHandle, facts: Splits
 ) -> None:
     """The objects' directions are permuted: those of the unchanged model would name others."""
-    prepared = MAP.prepare(model, facts)
+    prepared = MAP.prepare(model, facts, 0)
     with Planted(model, facts, "last_prompt"):
-        rows = list(MAP.measure(model, facts, RELATION_WIDE, prepared))
+        rows = list(MAP.measure(Scene(model, facts, RELATION_WIDE), prepared))
     by_protocol = of(rows, "legibility_old", layer=1, position="last_prompt")
     anew, frozen = sorted(by_protocol, key=lambda row: row.protocol, reverse=True)
     assert (anew.protocol, frozen.protocol) == ("retrained", "frozen")
@@ -155,7 +157,7 @@ def test_what_the_change_cannot_reach_is_marked(model: ModelHandle, facts: Split
 
 def test_groups_that_few_prompts_have_are_null(model: ModelHandle, facts: Splits) -> None:
     rich = replace(MAP, least=9)
-    found = list(rich.measure(model, facts, NONE, rich.prepare(model, facts)))
+    found = measure(model, facts, NONE, rich)
     nulls = {row.position for row in found if row.value is None}
     assert nulls
     assert {row.note for row in found if row.value is None} == {NO_GROUP}
@@ -164,7 +166,7 @@ def test_groups_that_few_prompts_have_are_null(model: ModelHandle, facts: Splits
 
 def test_a_relation_without_enough_subjects_has_no_map(model: ModelHandle, facts: Splits) -> None:
     picky = replace(MAP, least=50)
-    assert list(picky.measure(model, facts, NONE, picky.prepare(model, facts))) == []
+    assert measure(model, facts, NONE, picky) == []
 
 
 def test_failed_facts_do_not_count(model: ModelHandle, facts: Splits) -> None:
@@ -176,9 +178,9 @@ def test_failed_facts_do_not_count(model: ModelHandle, facts: Splits) -> None:
 def test_probes_come_from_the_cache(
     model: ModelHandle, facts: Splits, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = MAP.prepare(model, facts)
+    first = MAP.prepare(model, facts, 0)
     monkeypatch.setattr(module, "train_all", None)
-    again = MAP.prepare(model, facts)
+    again = MAP.prepare(model, facts, 0)
     for relation, readers in first.items():
         for group, probes in readers.items():
             for mine, other in zip(probes, again[relation][group], strict=True):
@@ -186,16 +188,10 @@ def test_probes_come_from_the_cache(
                 assert mine.classes == other.classes
 
 
-def test_no_map(model: ModelHandle, facts: Splits) -> None:
-    none = Undertext(stride=0)
-    assert none.prepare(model, facts) == {}
-    assert list(none.measure(model, facts, NONE, {})) == []
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stride": -1}, "evaluate.undertext.stride"),
+        ({"stride": 0}, "evaluate.undertext.stride"),
         ({"strength": 0.0}, "evaluate.undertext.strength"),
         ({"least": 0}, "evaluate.undertext.least"),
     ],

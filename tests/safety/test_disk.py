@@ -17,7 +17,7 @@ import wandb
 
 from palimpsest import cache, files
 from palimpsest.errors import RequestError, WriteError
-from palimpsest.evaluate.recoverability import Recoverability
+from palimpsest.evaluate.probes import Probes
 from palimpsest.record.store import load_runs, load_unfinished
 from tests.cli.test_kill import environment
 
@@ -139,7 +139,7 @@ def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_room(
 def test_rows_survive_a_start_without_room(call, few, done, small, monkeypatch):
     words = ["run", *few, SECTIONED, f"record.dir={small}/runs"]
     with monkeypatch.context() as patch:
-        patch.setattr(Recoverability, "measure", interrupt)
+        patch.setattr(Probes, "measure", interrupt)
         assert call(*words).code == 1
     [rows] = small.rglob("rows.jsonl")
     before = rows.read_bytes()
@@ -304,7 +304,7 @@ def test_a_finished_run_in_a_read_only_place_is_skipped_and_can_be_read(call, fe
 
 def test_an_unfinished_run_in_a_read_only_place_keeps_its_rows(call, few, done, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Recoverability, "measure", interrupt)
+        patch.setattr(Probes, "measure", interrupt)
         assert call("run", *few, SECTIONED).code == 1
     [path] = Path("results/runs").iterdir()
     before = contents(path)

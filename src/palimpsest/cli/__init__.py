@@ -279,10 +279,8 @@ def _admitted(words: Sequence[str]) -> list[str]:
 
 
 def _run(words: Sequence[str], source: str | None = None) -> int:
-    from palimpsest.cli.door import check_count
     from palimpsest.cli.jobs import run
 
-    check_count(words)
     return run(words, source)
 
 

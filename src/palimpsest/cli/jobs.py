@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from palimpsest.cli.configuration import as_request, check_config, resource
+from palimpsest.cli.door import check_count
 from palimpsest.cli.grids import run_grid
 from palimpsest.cli.launching import Outcome, Work, perform
 from palimpsest.cli.words import CONSOLE, complain, say
@@ -45,6 +46,7 @@ def _hand_over(name: str, work: Any, of: Any, words: Sequence[str], source: str 
     """Hand over to Hydra; its errors come back as one line with the nearest valid names."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
     words, many = _flags_first(name, words)
+    check_count(words)
     command = without_secrets(shlex.join(["palimpsest", name, *words]))
     before = sys.argv
     sys.argv = [f"palimpsest {name}", *words]

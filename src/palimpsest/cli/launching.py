@@ -16,9 +16,6 @@ from palimpsest.cli.signals import stoppable
 from palimpsest.cli.words import explained, say
 from palimpsest.errors import RequestError, Stopped
 
-MOST_JOBS = 10_000
-"""Jobs of a grid, at most: counted before any is made."""
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -95,7 +92,7 @@ class Grid:
             words: Hydra's flags and overrides.
 
         Raises:
-            RequestError: the configuration is wrong, or the grid has too many jobs.
+            RequestError: the configuration is wrong.
         """
         from hydra._internal.hydra import Hydra
         from hydra._internal.utils import create_config_search_path, get_args_parser
@@ -196,29 +193,16 @@ def grid(command: str, words: Sequence[str]) -> Iterator[Grid]:
 
 
 def _product(loader: Any, config: DictConfig) -> list[tuple[str, ...]]:
-    """The overrides of every job; counted before they are made.
-
-    Raises:
-        RequestError: there are too many.
-    """
+    """The overrides of every job; the command's door has counted them."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     words = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(words))  # type: ignore[arg-type]
-    choices: dict[str, list[str]] = {}
-    count = 1
-    for override in parsed:
-        key = override.get_key_element()
-        values = _values(override)
-        some = list(itertools.islice(values, MOST_JOBS + 1))
-        choices[key] = [f"{key}={value}" for value in some]
-    for some in choices.values():
-        count *= len(some)
-    if count > MOST_JOBS:
-        raise RequestError(
-            f"expected a grid of at most {MOST_JOBS:,} jobs, found {count:,} or more; sweep over "
-            "fewer values, or over a part of them at a time"
-        )
+    choices = {
+        key: [f"{key}={value}" for value in _values(override)]
+        for override in parsed
+        for key in [override.get_key_element()]
+    }
     return list(itertools.product(*choices.values()))
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -40,7 +40,8 @@ class Ruler:
         """Check that every entry is a measure.
 
         Raises:
-            RequestError: a name that is taken, or a class that lacks a member.
+            RequestError: a name that is taken, nothing, a class that lacks a member, or one whose
+                settings cannot be told.
         """
         for name, measure in self.measures.items():
             _check(name, measure)
@@ -65,8 +66,7 @@ class Ruler:
         knows where the subject or the prompt ends are marked `oracle_gate`.
         """
         for name, measure in self.measures.items():
-            rows = measure.measure(scene, prepared[name])
-            yield name, (_marked(row, scene.change) for row in rows)
+            yield name, _told(measure, scene, prepared[name])
 
     @property
     def along(self) -> "Ruler":
@@ -81,11 +81,21 @@ def _check(name: str, measure: object) -> None:
             f"expected a name of a measure under evaluate, found {name!r}; choose a plain name "
             f"other than {' and '.join(TAKEN)}"
         )
+    if measure is None:
+        raise RequestError(
+            f"expected evaluate.{name} to be a measure, found null; leave it out with "
+            f"'~evaluate.{name}'"
+        )
     if not isinstance(measure, Measure):
         lacking = [each for each in _MEMBERS if not hasattr(measure, each)]
         raise RequestError(
             f"expected evaluate.{name} to be a measure, found {type(measure).__name__} without "
             f"{', '.join(lacking)}; docs/extend.md shows a whole one"
+        )
+    if not is_dataclass(measure):
+        raise RequestError(
+            f"expected evaluate.{name} to be a dataclass, whose fields are its settings, found "
+            f"{type(measure).__name__}; write @dataclass(frozen=True) above the class"
         )
 
 
@@ -93,6 +103,11 @@ def after(scene: Scene, step: int) -> Scene:
     """The scene after `step` edits of a sequence: of the targets only those edited so far."""
     so_far = replace(scene.facts, target=scene.facts.target[:step])
     return Scene(scene.model, so_far, scene.change, scene.seed, step=step)
+
+
+def _told(measure: Measure, scene: Scene, prepared: Any) -> Iterator[Row]:
+    for row in measure.measure(scene, prepared):
+        yield _marked(row, scene.change)
 
 
 def _marked(row: Row, change: Change) -> Row:

@@ -41,7 +41,9 @@ class Scene:
     seed: int = 0
     differences: Sequence[Difference] = ()
     step: int | None = None
-    _features: dict[_Asked, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _features: dict[_Asked, Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def row(self, axis: Axis) -> partial[Row]:
         """A row of an axis, with the change's scope and, along a sequence, the step."""
