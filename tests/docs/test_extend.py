@@ -95,7 +95,7 @@ def entropies(run):
 
 
 def test_a_ruler_of_one_s_own_and_finished_runs_measured_further(written, call, tiny):
-    """The same values under the same key, asked for at once or added later; two of one class too."""
+    """The same values under the same key, asked for at once or added later; also two of a class."""
     write_csv(tiny, written / "facts.csv")
     words = [
         "intervene=none", "facts=csv", "facts.path=facts.csv", "facts.relations=[P17]",
