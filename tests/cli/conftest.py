@@ -65,7 +65,6 @@ FEW = (
     "facts.limit=6",
     "contexts=1",
     "evaluate.probes.least=1",
-    "evaluate.mlp_probes.least=1",
     "~evaluate.relearning",
     "~evaluate.compression",
     "record=local",

@@ -53,7 +53,8 @@ def write_csv(tiny, path):
 def test_the_page_holds_a_file_a_yaml_and_a_test_of_each():
     assert set(BLOCKS) == {
         "top_components.py", "intervene/top_components.yaml", "test_top_components.py",
-        "next_token_entropy.py", "evaluate/entropy.yaml", "test_next_token_entropy.py",
+        "next_token_entropy.py", "evaluate/measure/entropy.yaml", "evaluate/mine.yaml",
+        "test_next_token_entropy.py",
         "csv_facts.py", "facts/csv.yaml", "test_csv_facts.py",
     }  # fmt: skip
 
@@ -68,9 +69,10 @@ def test_its_tests_pass(written):
 def test_a_run_with_all_three(written, call, tiny):
     write_csv(tiny, written / "facts.csv")
     words = [
-        "intervene=top_components", "evaluate=entropy", "facts=csv", "facts.path=facts.csv",
-        "facts.relations=[P17]", "facts.limit=6", "evaluate.probes.least=1",
-        f"model.path={tiny.model}", "locate.layer=2", "record=local",
+        "intervene=top_components", "facts=csv", "facts.path=facts.csv", "facts.relations=[P17]",
+        "facts.limit=6", "evaluate=quick", "evaluate.probes.least=1",
+        "+evaluate/measure@evaluate.entropy=entropy", f"model.path={tiny.model}", "locate.layer=2",
+        "record=local",
     ]  # fmt: skip
     for method in ("intervene=none", words[0]):
         outcome = call("run", "--config-dir", "conf", *words, method)
@@ -84,6 +86,43 @@ def test_a_run_with_all_three(written, call, tiny):
     assert call("report", "results/runs").code == 0
     page = Path("results/runs/report.html").read_text(encoding="utf-8")
     assert "entropy" in page
+
+
+def entropies(run):
+    """Values by prompt."""
+    found = run.select("entropy", "next_token")
+    return {(row.fact_id, row.prompt_id): row.value for row in found}
+
+
+def test_a_ruler_of_one_s_own_and_finished_runs_measured_further(written, call, tiny):
+    """The same values under the same key, asked for at once or added later; also two of a class."""
+    write_csv(tiny, written / "facts.csv")
+    words = [
+        "intervene=none", "facts=csv", "facts.path=facts.csv", "facts.relations=[P17]",
+        "facts.limit=6", f"model.path={tiny.model}", "record=local", "record.dir=results/runs",
+    ]  # fmt: skip
+    own = call("run", "--config-dir", "conf", *words, "evaluate=mine", "record.dir=results/mine")
+    assert own.code == 0, own.err
+    [mine] = load_runs(Path("results/mine"))
+    assert call("run", *words, "evaluate=quick").code == 0
+    [quick] = load_runs(Path("results/runs"))
+    assert entropies(quick) == {}
+    added = "+evaluate/measure@evaluate."
+    for name, setting in (("entropy", "true"), ("again", "false")):
+        further = [f"{added}{name}=entropy", f"evaluate.{name}.paraphrases={setting}"]
+        if name == "again":
+            further += [f"{added}entropy=entropy"]
+        outcome = call(
+            "measure", "results/runs", "--config-dir", "conf", "evaluate=quick", *further
+        )
+        assert outcome.code == 0, outcome.err
+        if name == "entropy":
+            [run] = load_runs(Path("results/runs"))
+            assert entropies(run) == entropies(mine) != {}
+            assert run.run["measures"]["entropy"].keys() == mine.run["measures"]["entropy"].keys()
+    [run] = load_runs(Path("results/runs"))
+    assert set(run.run["measures"]) >= {"entropy", "again", "downstream"}
+    assert run.run_id == mine.run_id == quick.run_id
 
 
 def test_a_misspelt_key_is_refused(written, call, tiny):

@@ -92,10 +92,10 @@ def planted(
                 for name, value in scores(layer, facts.target[fact]).items():
                     row[first(model, facts.target[fact], name)] = value
                 out.append(row)
-            return torch.stack(out)
+            return torch.softmax(torch.stack(out), -1)
 
         monkeypatch.setattr(shared, "features", features)
-        monkeypatch.setattr(module, "logit_lens", read)
+        monkeypatch.setattr(module, "read", read)
         return measure(model, facts)
 
     return to
@@ -120,15 +120,16 @@ def test_a_budget_is_a_rank(
 
     rows = planted(scores)
     assert {row.value for row in of(rows, "attack_success", "logit_lens", budget=1)} == {1.0}
-    read = module.logit_lens
+    read = module.read
 
     def above(handle: ModelHandle, states: Tensor) -> Tensor:
         out = read(handle, states)
-        free = [token for token in range(TOKENS) if not (out[:, token] == 20.0).any()][:6]
-        out[:, free] = 30.0
+        top = out.argmax(1)
+        free = [token for token in range(TOKENS) if not (top == token).any()][:6]
+        out[:, free] = 2.0
         return out
 
-    monkeypatch.setattr(module, "logit_lens", above)
+    monkeypatch.setattr(module, "read", above)
     rows = measure(model, facts, attacks=Attacks(budgets=[1, 6, 7], stride=1))
     for budget, hit in ((1, 0.0), (6, 0.0), (7, 1.0)):
         found = of(rows, "attack_success", "logit_lens", budget=budget)
