@@ -1,8 +1,11 @@
 """Errors that are kept hold no secrets."""
 
+import random
+import string
+
 import pytest
 
-from palimpsest.record.redact import one_line, redacted
+from palimpsest.record.redact import credentials, is_secret_key, one_line, redacted
 
 
 @pytest.mark.parametrize(
@@ -45,3 +48,48 @@ def test_ordinary_errors_are_kept_on_one_line():
 
 def test_long_errors_are_cut():
     assert len(one_line("x " * 900)) == 500
+
+
+def test_secret_settings_are_kept_without_their_values():
+    config = {"hub": {"api_key": "hunter2", "token": "hunter2"}, "tokens": "all", "row_tokens": 3}
+    assert redacted(config) == {
+        "hub": {"api_key": "[redacted]", "token": "[redacted]"},
+        "tokens": "all",
+        "row_tokens": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "secret"),
+    [
+        ("token", True),
+        ("model.hf_token", True),
+        ("apiKey", True),
+        ("client_secret", True),
+        ("tokens", False),
+        ("last_token", False),
+        ("row_tokens", False),
+        ("measure_key", False),
+        ("keys", False),
+        ("secretary", False),
+        ("token.place", False),
+    ],
+)
+def test_a_setting_speaks_of_a_credential(name, secret):
+    assert is_secret_key(name) is secret
+
+
+def test_nine_in_ten_random_texts_are_told_from_names():
+    draw = random.Random(0)
+    signs = string.ascii_letters + string.digits
+    for length, least in ((24, 0.85), (32, 0.9), (43, 0.95)):
+        texts = ["".join(draw.choices(signs, k=length)) for _ in range(400)]
+        assert sum(any(credentials(text)) for text in texts) >= least * len(texts)
+
+
+def test_words_in_a_text_are_replaced_and_paths_are_not():
+    word = "".join(random.Random(3).choices(string.ascii_letters + string.digits, k=30))
+    text = f"cannot take {word}, nor '{word}'; see /tmp/{word}/a and {word}.json"
+    assert one_line(text) == (
+        f"cannot take [redacted], nor '[redacted]'; see /tmp/{word}/a and {word}.json"
+    )

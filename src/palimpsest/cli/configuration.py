@@ -146,10 +146,7 @@ def _explained(error: Exception) -> str:
             "write `palimpsest run -m` to run each, or [a,b] for a list"
         )
     if _NO_CHOICE in text:
-        return (
-            "expected the name of an option for each group, found null or a mapping; name one, or "
-            "set the keys within"
-        )
+        return "expected the name of an option for each group, found null; name one, or leave it"
     return (
         f"expected a valid configuration, found: {' '.join(text.split())}; "
         "see `palimpsest run --help`"
