@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from palimpsest.ask.inquiry import inquire
-from palimpsest.ask.reading import TOKENS, legibility, ranks, read, verdict
+from palimpsest.ask.reading import TOKENS, legibility, named, ranks, read
 from palimpsest.ask.relation import DOZENS, choose, neighbors
 from palimpsest.ask.text import BLOCKS, strip
+from palimpsest.evaluate.consistency import verdict
 from palimpsest.model.forward import features
 from palimpsest.model.site import Change, Site
 from tests.ask.surroundings import LAYERS, METHODS, about
@@ -141,12 +142,13 @@ def test_objects_with_one_first_token_have_no_ranks(bench):
     ],
 )
 def test_the_answer_named_first_decides(text, wanted):
-    assert verdict(text, ["Paris"], ["London", "New York"]) == wanted
+    old, new = ["Paris"], ["London", "New York"]
+    assert verdict(named(text, (*new, *old)), old, new) == wanted
 
 
 def test_of_two_names_that_begin_alike_the_longer_is_meant():
-    assert verdict(" Guinea-Bissau is", ["Guinea"], ["Guinea-Bissau"]) == "new"
-    assert verdict(" Guinea is", ["Guinea"], ["Guinea-Bissau"]) == "old"
+    assert named(" Guinea-Bissau is", ["Guinea", "Guinea-Bissau"]) == "Guinea-Bissau"
+    assert named(" Guinea is", ["Guinea", "Guinea-Bissau"]) == "Guinea"
 
 
 def test_probabilities_are_of_whole_strings(bench, tiny):

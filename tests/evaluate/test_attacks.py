@@ -87,8 +87,7 @@ def planted(
             return torch.stack(out)
 
         monkeypatch.setattr(module, "features", features)
-        monkeypatch.setattr(module, "logits", read)
-        monkeypatch.setattr(model, "final_norm", lambda state: state)
+        monkeypatch.setattr(module, "logit_lens", read)
         return measure(model, facts)
 
     return to
@@ -112,7 +111,7 @@ def test_a_budget_is_a_rank(planted, model: ModelHandle, facts: Splits) -> None:
     real = module.Attacks(budgets=[1, 6, 7], stride=1)
     rows = planted(scores)
     assert {row.value for row in of(rows, "attack_success", "logit_lens", budget=1)} == {1.0}
-    plain = module.logits
+    plain = module.logit_lens
 
     def above(handle: ModelHandle, states: Tensor) -> Tensor:
         out = plain(handle, states)
@@ -120,11 +119,11 @@ def test_a_budget_is_a_rank(planted, model: ModelHandle, facts: Splits) -> None:
         out[:, free] = 30.0
         return out
 
-    module.logits, kept = above, module.logits
+    module.logit_lens, kept = above, module.logit_lens
     try:
         rows = list(real.measure(model, facts, NONE, ask_targets(model, facts), {}))
     finally:
-        module.logits = kept
+        module.logit_lens = kept
     for budget, hit in ((1, 0.0), (6, 0.0), (7, 1.0)):
         found = of(rows, "attack_success", "logit_lens", budget=budget)
         assert {row.value for row in found} == {hit}

@@ -12,10 +12,12 @@ from palimpsest.model.forward import (
     forward,
     greedy,
     keys,
+    logit_lens,
     logits,
     next_token_logprobs,
     run_to,
     score,
+    token_ranks,
 )
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import EMBEDDING, Position, Site
@@ -361,3 +363,19 @@ def test_greedy_goes_on_under_the_hooks_and_keeps_owners(llama: ModelHandle) -> 
     assert len(set(said)) == 1
     assert sorted(torch.cat(owners).tolist()) == sorted([*range(7)] * 3)
     assert len(set(greedy(llama, rows, 3))) > 1
+
+
+def test_the_lens_reads_the_last_layer_as_the_model_does(handle: ModelHandle) -> None:
+    rows = ragged()
+    states = features(handle, rows, [Site(handle.n_layers - 1)], ["last_prompt"])[0, 0]
+    ends = [Tokens(row.ids[: row.prompt], row.prompt, row.subject) for row in rows]
+    wanted = next_token_logprobs(handle, ends)
+    with torch.no_grad():
+        found = logit_lens(handle, states.double()).log_softmax(-1)
+    assert relative(found, wanted) < 1e-5
+
+
+def test_a_token_s_rank_counts_the_larger_scores() -> None:
+    scores = torch.tensor([[0.5, 2.0, 2.0, -1.0], [3.0, 1.0, 0.0, 4.0]])
+    tokens = torch.tensor([[0, 1], [3, 2]])
+    assert token_ranks(scores, tokens).tolist() == [[3, 1], [1, 4]]

@@ -4,16 +4,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, log
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
-from torch import Tensor
 
 from palimpsest.ask.inquiry import Inquiry, Question
 from palimpsest.evaluate.asking import Query, ask
+from palimpsest.evaluate.consistency import Verdict, verdict
 from palimpsest.facts.atlas import fold
 from palimpsest.facts.fact import Fact, Prompt
-from palimpsest.model.forward import features, greedy, logits, next_token_logprobs
+from palimpsest.model.forward import features, greedy, logit_lens, next_token_logprobs, token_ranks
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change, Site
 
@@ -28,8 +28,6 @@ TOP = 4
 
 Asked: TypeAlias = tuple[Prompt, tuple[str, ...], tuple[str, ...]]
 """A prompt, its accepted old answers and its new ones."""
-
-Verdict: TypeAlias = Literal["old", "new", "neither"]
 
 
 @dataclass(frozen=True)
@@ -114,24 +112,23 @@ def say(model: ModelHandle, prompts: Sequence[Asked]) -> list[Said]:
             text,
             exp(answer[old[0]].logprob),
             exp(answer[new[0]].logprob),
-            verdict(text, old, new),
+            verdict(named(text, (*new, *old)), old, new),
         )
         for text, answer, (_, old, new) in zip(texts, ask(model, queries), prompts, strict=True)
     ]
 
 
-def verdict(text: str, old: Sequence[str], new: Sequence[str]) -> Verdict:
-    """Which answer a continuation names first, as whole words; capitals and accents do not count.
+def named(text: str, answers: Sequence[str]) -> str | None:
+    """Which answer a text names first, as whole words; capitals and accents do not count.
 
     Where one name begins at the same place as the other, the longer one is meant.
     """
     found = [
-        (place, -len(answer), kind)
-        for kind, answers in (("old", old), ("new", new))
-        for answer in answers
+        (place, -len(answer), n)
+        for n, answer in enumerate(answers)
         if (place := _place(text, answer)) is not None
     ]
-    return min(found)[2] if found else "neither"  # type: ignore[return-value]
+    return answers[min(found)[2]] if found else None
 
 
 def _place(text: str, answer: str) -> int | None:
@@ -175,20 +172,19 @@ def ranks(
 ) -> tuple[tuple[int, int], ...]:
     """Ranks of the objects' first tokens by layer, read by the model's own head.
 
-    The logit lens (nostalgebraist 2020): final norm and output embedding applied to the residual
-    stream after each block, at the prompt's last token. Empty where the first tokens are the same.
+    The logit lens on the residual stream after each block, at the prompt's last token. Empty where
+    the first tokens are the same.
     """
     first = first_tokens(model, prompt, objects)
     if len(set(first)) < len(first):
         return ()
+    wanted = torch.tensor([first], device=model.device)
     rows = [model.encode(prompt, owner=OWNER)]
     sites = [Site(layer) for layer in range(model.n_layers)]
     states = features(model, rows, sites, ["last_prompt"])[:, 0, 0]
-    found = []
-    for state in states.to(model.device, model.model.dtype):  # one layer's logits at a time
-        scores: Tensor = logits(model, model.final_norm(state))
-        found.append(tuple(int((scores > scores[token]).sum()) + 1 for token in first))
-    return tuple(found)  # type: ignore[arg-type]
+    # One layer's logits at a time.
+    found = (token_ranks(logit_lens(model, state)[None], wanted) for state in states)
+    return tuple(tuple(each[0].tolist()) for each in found)
 
 
 def first_tokens(model: ModelHandle, prompt: Prompt, objects: Sequence[str]) -> list[int]:

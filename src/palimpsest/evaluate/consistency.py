@@ -1,9 +1,10 @@
 """Consistency: does the model agree with itself about a changed fact?"""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
+from typing import Literal, get_args
 
 from palimpsest.evaluate.asking import Query, ask, best, readable
 from palimpsest.evaluate.downstream import Answers
@@ -12,6 +13,8 @@ from palimpsest.facts.splits import Splits
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change
 from palimpsest.record.row import Row
+
+Verdict = Literal["new", "old", "neither"]
 
 Premises = Mapping[tuple[str, str], bool]
 """By (premise text, answer), whether the unchanged model answers it."""
@@ -87,9 +90,21 @@ def _two_hop(
         old, new = question.answers[fact.true], question.answers[fact.new or ""]
         by_vocabulary = next((name for name in (new, old) if reply[name].argmax), None)
         for protocol, said in (("vocabulary", by_vocabulary), ("candidates", best(reply))):
-            verdict = {new: "new", old: "old"}.get(said or "", "neither")
-            verdicts = _verdicts(partial(place, protocol=protocol), verdict)
+            verdicts = _verdicts(partial(place, protocol=protocol), verdict(said, [old], [new]))
             yield from map(partial(readable, reply), verdicts)
+
+
+def verdict(said: str | None, old: Collection[str], new: Collection[str]) -> Verdict:
+    """Which fact an answer follows: `old`, `new` or `neither`.
+
+    Args:
+        said: the answer; None if there is none.
+        old: answers that follow from the old fact.
+        new: answers that follow from the new one.
+    """
+    if said in new:
+        return "new"
+    return "old" if said in old else "neither"
 
 
 def _unanswerable(fact: Fact, question: Question, premises: Premises) -> str | None:
@@ -104,11 +119,11 @@ def _unanswerable(fact: Fact, question: Question, premises: Premises) -> str | N
     return None
 
 
-def _verdicts(row: partial[Row], verdict: str | None, note: str | None = None) -> Iterator[Row]:
+def _verdicts(row: partial[Row], found: Verdict | None, note: str | None = None) -> Iterator[Row]:
     protocols = [row] if "protocol" in row.keywords else [
         partial(row, protocol=protocol) for protocol in ("vocabulary", "candidates")
     ]  # fmt: skip
     for each in protocols:
-        for kind in ("new", "old", "neither"):
-            value = None if verdict is None else float(verdict == kind)
-            yield each(metric=f"twohop_{kind}", value=value, n=int(verdict is not None), note=note)
+        for kind in get_args(Verdict):
+            value = None if found is None else float(found == kind)
+            yield each(metric=f"twohop_{kind}", value=value, n=int(found is not None), note=note)

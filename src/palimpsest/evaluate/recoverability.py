@@ -31,7 +31,7 @@ from palimpsest.evaluate.probing.readings import (
 from palimpsest.evaluate.probing.training import Kit, Recipe, Where, train_kit
 from palimpsest.facts.fact import Fact
 from palimpsest.facts.splits import Splits
-from palimpsest.model.forward import features, logits
+from palimpsest.model.forward import features, logit_lens, token_ranks
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import EMBEDDING, Change, Position, Site
 from palimpsest.model.tokens import Tokens
@@ -299,11 +299,10 @@ class Recoverability:
         first = torch.tensor([[old.ids[old.prompt], new.ids[new.prompt]] for old, new in objects])
         for layer in self.layers(model):
             with torch.no_grad():
-                state = states[layer, "last_prompt"].to(model.device, model.model.dtype)
-                scores = logits(model, model.final_norm(state)).cpu()
-            ranks = 1 + (scores[:, None, :] > scores.gather(1, first)[:, :, None]).sum(-1)
+                scores = logit_lens(model, states[layer, "last_prompt"]).cpu()
             whole = scores.isfinite().all(1).tolist()
-            found = zip(target, first.tolist(), ranks.tolist(), whole, strict=True)
+            ranks = token_ranks(scores, first).tolist()
+            found = zip(target, first.tolist(), ranks, whole, strict=True)
             for fact, (old, new), rank, finite in found:
                 place = partial(at(row, (layer, "last_prompt")), split="target")
                 place = partial(place, fact_id=fact.id, prompt_id=fact.prompt.id)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from palimpsest.cache import cached_tensors
 from palimpsest.errors import check_at_least, check_number, check_seed
-from palimpsest.model.forward import capturing, logits, run_to
+from palimpsest.model.forward import capturing, logit_lens, run_to
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.memory import within_memory
 from palimpsest.model.sample import sample
@@ -186,8 +186,7 @@ def divergence(
 
 
 def _logprobs(model: ModelHandle, states: Tensor) -> Tensor:
-    moved = states.to(model.device, model.model.dtype)
-    return torch.log_softmax(logits(model, model.final_norm(moved)), -1)
+    return torch.log_softmax(logit_lens(model, states), -1)
 
 
 @torch.no_grad()

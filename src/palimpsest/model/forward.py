@@ -44,6 +44,24 @@ def logits(handle: ModelHandle, states: Tensor) -> Tensor:
     return scores if cap is None else cap * torch.tanh(scores / cap)
 
 
+def logit_lens(handle: ModelHandle, states: Tensor) -> Tensor:
+    """The logit lens (nostalgebraist 2020): what the model's own norm and head read off states.
+
+    Args:
+        handle: the model.
+        states: `[..., d_model]` of the residual stream after any block, of any dtype and device.
+
+    Returns:
+        logits `[..., vocabulary]` in float32 on the model's device.
+    """
+    return logits(handle, handle.final_norm(states.to(handle.device, handle.model.dtype)))
+
+
+def token_ranks(scores: Tensor, tokens: Tensor) -> Tensor:
+    """Ranks `[n, k]` of tokens `[n, k]` among scores `[n, vocabulary]`; 1 is the largest score."""
+    return 1 + (scores[:, None, :] > scores.gather(1, tokens)[:, :, None]).sum(-1)
+
+
 @torch.no_grad()
 def run_to(handle: ModelHandle, batch: Batch, layer: int) -> None:
     """Run the blocks up to and including `layer` for what hooks take from them, and no further."""

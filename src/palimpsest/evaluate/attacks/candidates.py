@@ -22,7 +22,7 @@ from palimpsest.evaluate.probing.readings import NOT_FINITE, labelled
 from palimpsest.evaluate.tuned_lens import Translator
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.facts.splits import Splits
-from palimpsest.model.forward import features, logits
+from palimpsest.model.forward import features, logit_lens
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change, Site
 from palimpsest.model.tokens import Tokens
@@ -232,8 +232,7 @@ class _Aims:
 @torch.no_grad()
 def _read(model: ModelHandle, states: Tensor) -> Tensor:
     """Probabilities `[n, vocabulary]` that norm and head make of states `[n, d_model]`."""
-    moved = states.to(model.device, model.model.dtype)
-    return torch.softmax(logits(model, model.final_norm(moved)), -1).cpu()
+    return torch.softmax(logit_lens(model, states), -1).cpu()
 
 
 def _of(row: partial[Row], fact: Fact) -> partial[Row]:

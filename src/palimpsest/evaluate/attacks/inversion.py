@@ -21,7 +21,7 @@ from palimpsest.evaluate.attacks.returning import check_distinct
 from palimpsest.facts.fact import Fact, Prompt
 from palimpsest.facts.splits import Splits
 from palimpsest.model.difference import Difference, merged
-from palimpsest.model.forward import capturing, forward, logits, run_to
+from palimpsest.model.forward import capturing, forward, logit_lens, logits, run_to
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.memory import within_memory
 from palimpsest.model.site import Change, Site
@@ -186,8 +186,7 @@ def _lens(model: ModelHandle, span: Tensor) -> Tensor:
     exactly where the norm before the head is an RMS norm; logits are halves of what the two signs
     differ by, as a norm's or head's bias says nothing.
     """
-    states = (span * model.width**0.5).to(model.device, model.model.dtype)
-    up, down = (logits(model, model.final_norm(sign * states)) for sign in (1, -1))
+    up, down = (logit_lens(model, sign * span * model.width**0.5) for sign in (1, -1))
     lengths: Tensor = ((up - down) / 2).norm(dim=0)
     return lengths.cpu()
 
