@@ -34,9 +34,9 @@ lint: $(VENV)/.installed ## style, format, types, and the walls between the room
 docs: $(VENV)/.installed-docs ## build the documentation into site/, warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
-bench: $(VENV)/.installed ## time the phases that matter; COUNTERFACT=file, THREADS=1
+bench: $(VENV)/.installed ## time the phases that matter; COUNTERFACT=file, THREADS=1, ONLY=probes
 	$(PYTHON) -m benchmarks.bench $(if $(COUNTERFACT),--counterfact $(COUNTERFACT)) \
-	    $(if $(THREADS),--threads $(THREADS))
+	    $(if $(THREADS),--threads $(THREADS)) $(if $(ONLY),--only $(ONLY))
 
 bench-gpu: $(VENV)/.installed ## seconds per edit on a GPU at the sizes of GPT-2 XL and GPT-J
 	$(PYTHON) -m benchmarks.gpu

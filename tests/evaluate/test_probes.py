@@ -56,6 +56,11 @@ def test_a_probe_is_scikit_learns_own_pipeline(classes: int, n: int, width: int,
     wanted = torch.from_numpy(pipeline.predict_proba(fresh.double().numpy()))
     assert float((chances(probe, fresh) - wanted).abs().max()) < 1e-4
     assert float(wanted.std(0).min()) > 1e-4  # which are not all the same
+    tied = wanted.topk(2).values.diff().abs()[:, 0] < 1e-4
+    assert bool(((chances(probe, fresh).argmax(1) == wanted.argmax(1)) | tied).all())
+    weight = torch.from_numpy(pipeline[1].coef_ / pipeline[0].scale_)
+    weight = torch.cat([-weight, weight]) / 2 if classes == 2 else weight
+    assert float((probe.weight - weight).norm() / weight.norm()) < 1e-4
 
 
 def test_all_places_at_once_are_each_by_itself() -> None:
