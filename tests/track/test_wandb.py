@@ -214,6 +214,14 @@ def test_auto_is_online_only_for_the_logged_in(monkeypatch, tmp_path):
     assert Tracker().resolved_mode() == "disabled"
 
 
+@pytest.mark.parametrize(
+    "raw", [b"machine \xe9", b"machine", b"\x00" * 9, "machine a".encode("utf-16")]
+)
+def test_a_netrc_that_cannot_be_read_holds_no_account(tmp_path, raw):
+    (tmp_path / "netrc").write_bytes(raw)
+    assert Tracker().resolved_mode() == "offline"
+
+
 def test_an_unknown_mode_is_a_wrong_request(tmp_path):
     with pytest.raises(RequestError, match="did you mean 'offline'"):
         Tracker(mode="ofline").run(tmp_path, {"run_id": "x", "method": "rome"})
