@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 import palimpsest
 from palimpsest import __version__
 from palimpsest.cli.configuration import check_config, resource
+from palimpsest.evaluate.ruler import Ruler
 from palimpsest.facts.dataset import DataSet
 from palimpsest.locate.locator import Locator
 from palimpsest.model.load import Pretrained
@@ -53,13 +54,16 @@ def test_every_option_makes_its_part(group, option):
     config = composed(f"{group}={option}")
     check_config(config)
     made = instantiate(config, _convert_="all")
-    assert type(made[group]) is get_class(config[group]["_target_"])
+    made_of = dict(parts(config[group], group))
+    own = made[group] if group == "evaluate" else {"": made[group]}
+    kinds = {f"{group}.{name}".rstrip("."): type(part) for name, part in own.items()}
+    assert kinds.items() <= {path: get_class(n["_target_"]) for path, n in made_of.items()}.items()
     assert isinstance(made["model"], Pretrained)
     assert isinstance(made["facts"], DataSet)
     assert isinstance(made["locate"], Locator)
     assert isinstance(made["record"], Recording)
     assert callable(made["intervene"].fit)
-    assert callable(made["evaluate"].measure)
+    assert list(Ruler(made["evaluate"]).measures)[0] == "downstream"
 
 
 @each_option

@@ -104,7 +104,7 @@ def test_a_ruler_of_one_s_own_and_finished_runs_measured_further(written, call, 
     own = call("run", "--config-dir", "conf", *words, "evaluate=mine", "record.dir=results/mine")
     assert own.code == 0, own.err
     [mine] = load_runs(Path("results/mine"))
-    assert call("run", *words, "evaluate=quick").code == 0
+    assert call("run", "--config-dir", "conf", *words, "evaluate=quick").code == 0
     [quick] = load_runs(Path("results/runs"))
     assert entropies(quick) == {}
     added = "+evaluate/measure@evaluate."
