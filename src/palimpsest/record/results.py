@@ -164,16 +164,17 @@ class Results:
         """
         runs: dict[str, Run] = {}
         unfinished, passed = [], []
-        for path in run_directories(directory):
-            try:
-                run = Run(read_run(path), path)
-                if not (path / "DONE").is_file():
-                    unfinished.append(run.run)
-                    continue
-                _check_finished(run, runs)
-                runs[run.run_id] = run
-            except RequestError as error:
-                passed.append(PassedOver(path, str(error)))
+        with database() as connection:
+            for path in run_directories(directory):
+                try:
+                    run = Run(read_run(path), path)
+                    if not (path / "DONE").is_file():
+                        unfinished.append(run.run)
+                        continue
+                    _check_finished(run, runs, connection)
+                    runs[run.run_id] = run
+                except RequestError as error:
+                    passed.append(PassedOver(path, str(error)))
         if not runs:
             raise _nothing(directory, unfinished, passed)
         ordered = tuple(runs[name] for name in sorted(runs))
@@ -300,8 +301,10 @@ def read_facts(path: Path) -> list[dict[str, Any]]:
     """
     file = path / "facts.json"
     found = read_json(file) if file.exists() else []
-    if not isinstance(found, list) or not all(isinstance(fact, dict) for fact in found):
-        raise unreadable(file, "expected a list of objects")
+    if not isinstance(found, list) or not all(
+        isinstance(fact, dict) and "fact_id" in fact for fact in found
+    ):
+        raise unreadable(file, "expected a list of objects with a fact_id")
     return found
 
 
@@ -366,7 +369,9 @@ def _sources(runs: Sequence[Run]) -> list[str]:
     return ([finished] if parquets else []) + going
 
 
-def _check_finished(run: Run, others: Mapping[str, Run]) -> None:
+def _check_finished(
+    run: Run, others: Mapping[str, Run], connection: duckdb.DuckDBPyConnection
+) -> None:
     """Refuse a finished run that is of another schema, damaged, or there twice."""
     check_schema(run.run, run.path)
     if run.run["status"] != "done":
@@ -378,19 +383,18 @@ def _check_finished(run: Run, others: Mapping[str, Run]) -> None:
             f"expected one run of the id {run.run_id}, found it in {others[run.run_id].path} and "
             f"{run.path}; delete one of them"
         )
-    _check_rows(run.path / "rows.parquet")
+    _check_rows(run.path / "rows.parquet", connection)
     read_facts(run.path)
 
 
-def _check_rows(path: Path) -> None:
+def _check_rows(path: Path, connection: duckdb.DuckDBPyConnection) -> None:
     """Refuse rows that cannot be read, all columns of them, or whose keys repeat."""
     others = ", ".join(f"count({name})" for name in COLUMNS if name not in KEY)
     query = (
         f"SELECT count(*), count(DISTINCT hash({', '.join(KEY)})), {others} FROM {relation(path)}"
     )
     try:
-        with database() as connection:
-            [counts] = connection.execute(query).fetchall()
+        [counts] = connection.execute(query).fetchall()
     except duckdb.Error as error:
         raise unreadable(path, error) from error
     if counts[0] != counts[1]:

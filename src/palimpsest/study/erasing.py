@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from palimpsest.record.row import Row
-from palimpsest.record.store import Run
+from palimpsest.record.results import Run
 from palimpsest.study.intervals import Estimate, Floats, resampling
 from palimpsest.study.localization import asked, layer_of, model_of
 from palimpsest.study.traces import is_trace

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from palimpsest.record.store import Run
+from palimpsest.record.results import Run
 from palimpsest.study.regression import MARGIN, Observation, Study, study
 from palimpsest.study.traces import is_trace
 

@@ -11,9 +11,9 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from palimpsest.report.style import FAINT, axis, escape, layout
-from palimpsest.report.text import DASH, plain
-from palimpsest.report.trace_style import (
+from palimpsest.study.figures.style import FAINT, axis, escape, layout
+from palimpsest.study.text import DASH, plain
+from palimpsest.study.figures.trace_style import (
     COLUMNS,
     EFFECT,
     GROUP_COLOURS,

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from palimpsest.report.style import shorten
-from palimpsest.report.text import DASH, plain
+from palimpsest.study.figures.style import shorten
+from palimpsest.study.text import DASH, plain
 from palimpsest.study.intervals import Floats
 from palimpsest.study.traces import TracedFact, corruption_text
 
