@@ -54,7 +54,10 @@ def shapes() -> list[Shape]:
     made += [
         Shape(*down, metric, p, prompts=prompts(kind, number))
         for p in ("probability", "argmax")
-        for metric, kind, number in (("paraphrase", "paraphrase", 6), ("neighborhood", "neighbor", 5))
+        for metric, kind, number in (
+            ("paraphrase", "paraphrase", 6),
+            ("neighborhood", "neighbor", 5),
+        )
     ]
     for p in ("candidates", "vocabulary"):
         made += [
@@ -65,7 +68,9 @@ def shapes() -> list[Shape]:
             Shape("consistency", "consistency", f"twohop_{said}", p, prompts=prompts("hop", 3))
             for said in ("new", "old", "neither")
         ]
-    made += [Shape(*down, f"{what}_probability", "string", prompts=ASKED) for what in ("old", "new")]
+    made += [
+        Shape(*down, f"{what}_probability", "string", prompts=ASKED) for what in ("old", "new")
+    ]
     made += [
         Shape(*down, "other_accuracy", "vocabulary", "others", ("fit",)),
         Shape(*down, "score", "harmonic_mean", facts=False),

@@ -148,9 +148,7 @@ class _Pair:
     sides: int
 
 
-def _pairs(
-    results: Results, ours: str, means: Sequence[Quantity]
-) -> dict[tuple[str, int], _Pair]:
+def _pairs(results: Results, ours: str, means: Sequence[Quantity]) -> dict[tuple[str, int], _Pair]:
     """By run and number, what can be said of it against our run."""
     comparable.compared(results)
     results.query(
@@ -171,13 +169,13 @@ def _pairs(
     )
     drawn = estimates(_differences(results))
     records = results.query(
-        """SELECT runs.run_id, runs.item, count(DISTINCT both.fact_id),
-            bool_and(both.fact_id IS NOT NULL), bool_and(both.alike),
-            count(DISTINCT both.side)
+        """SELECT runs.run_id, runs.item, count(DISTINCT sides.fact_id),
+            bool_and(sides.fact_id IS NOT NULL), bool_and(sides.alike),
+            count(DISTINCT sides.side)
         FROM (SELECT DISTINCT run_id, item FROM asked) AS runs JOIN (
             SELECT run_id, item, fact_id, alike, 0 AS side FROM asked
             UNION ALL SELECT NULL, item, fact_id, alike, 1 FROM ours
-        ) AS both ON runs.item = both.item AND coalesce(both.run_id, runs.run_id) = runs.run_id
+        ) AS sides ON runs.item = sides.item AND coalesce(sides.run_id, runs.run_id) = runs.run_id
         GROUP BY ALL"""
     )
     return {
@@ -229,7 +227,7 @@ def _of_aggregates(one: Estimate, other: Estimate) -> Estimate:
 def _shown(found: Contrasts) -> Table:
     """A line a run, a column a number."""
     first = Heading(title="method", short=f"less {found.reference.label}", style="words")
-    notes = ()
+    notes: tuple[str, ...] = ()
     if found.unlike:
         asked = "Left out, as they were asked other facts, of another model or with another seed: "
         notes = (f"{asked}{', '.join(found.unlike)}.",)

@@ -117,7 +117,9 @@ def rows_of(wanted: Sequence[Quantity], *columns: str) -> str:
         f"{'NULL' if q.split is None else sql_text(q.split)})"
         for place, q in enumerate(wanted)
     )
-    found = picked("true", "item", *columns, counts="starts_with(coalesce(prompt_id, ''), q.prompt)")
+    found = picked(
+        "true", "item", *columns, counts="starts_with(coalesce(prompt_id, ''), q.prompt)"
+    )
     named = f"compared JOIN (VALUES {listed}) AS q (item, metric, protocol, prompt, split) ON "
     named += "compared.metric = q.metric AND compared.protocol = q.protocol"
     return (

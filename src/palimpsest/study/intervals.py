@@ -96,7 +96,9 @@ def absence(causes: Sequence[str], asked: int, present: int) -> str | None:
 
 
 def estimates(
-    samples: Mapping[K, Sample], center: Center = "mean", places: Mapping[K, str | None] | None = None
+    samples: Mapping[K, Sample],
+    center: Center = "mean",
+    places: Mapping[K, str | None] | None = None,
 ) -> dict[K, Estimate]:
     """The centre of each quantity's facts, with a 95% percentile-bootstrap interval.
 
@@ -134,7 +136,8 @@ def _estimate(
 ) -> Estimate:
     if len(sample.values):
         value = _center(sample.values, center)
-        return Estimate(value, *ends, len(sample.values), sample.note, place)
+        low, high = ends
+        return Estimate(value, low, high, len(sample.values), sample.note, place)
     if sample.aggregate:
         value, n = sample.aggregate
         return Estimate(value, n=n, note=sample.note, place=place)

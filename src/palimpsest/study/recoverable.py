@@ -4,7 +4,7 @@ A maximum over many places flatters the attacker: what it has over its own facts
 much the best of so many places gains by being chosen, which the bootstrap tells.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ BUDGET = 20
 """Candidates that an attack may name."""
 
 PROBES = ("frozen", "retrained", "adaptive", "frozen_mlp", "retrained_mlp")
+
 
 class Place(NamedTuple):
     """What was tried where.

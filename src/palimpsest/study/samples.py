@@ -33,7 +33,8 @@ def samples(
         by run id and the values of `by`, in their order.
     """
     compared(results)
-    own, wide = _listed(by), _listed(by if over is None else over)
+    over = by if over is None else over
+    own, wide = _listed(by), _listed(over)
     records = results.query(
         f"""WITH found AS ({found}),
         ends AS (
@@ -41,7 +42,7 @@ def samples(
             FROM found GROUP BY ALL
         ),
         kept AS (
-            SELECT found.* FROM found JOIN ends ON {_same(["run_id", *(by if over is None else over)])}
+            SELECT found.* FROM found JOIN ends ON {_same(["run_id", *over])}
             WHERE counts AND step IS NOT DISTINCT FROM ending
         ),
         means AS (

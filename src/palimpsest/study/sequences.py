@@ -227,7 +227,7 @@ def _beside(results: Results, edited: Mapping[str, Stages]) -> dict[str, Stages]
             "AND protocol = 'probability' AND fact_id IS NOT NULL GROUP BY ALL"
         )
     }
-    beside = {}
+    beside: dict[str, Stages] = {}
     for summary in summarise(results):
         unchanged, known = summary.run, asked.get(summary.run.run_id, frozenset())
         same = [
@@ -250,9 +250,7 @@ def _shared(stages: Stages, known: frozenset[str]) -> int:
 _NONE = "(NULL::VARCHAR, 0, NULL::VARCHAR, false)"
 
 
-def _prepare(
-    results: Results, edited: Mapping[str, Stages], beside: Mapping[str, Stages]
-) -> None:
+def _prepare(results: Results, edited: Mapping[str, Stages], beside: Mapping[str, Stages]) -> None:
     """Tables of the stages, of the facts that count in each, and of which are the first ones."""
     stages, facts = [], []
     for runs, going in ((edited, True), (beside, False)):
@@ -273,7 +271,6 @@ def _prepare(
     )
 
 
-
 def _values(results: Results) -> dict[tuple[str, int, int], Estimate]:
     """By run, place in MEASURES and stage."""
     listed = ", ".join(
@@ -284,9 +281,9 @@ def _values(results: Results) -> dict[tuple[str, int, int], Estimate]:
     condition = """budget IS NULL AND starts_with(coalesce(prompt_id, ''), q.prompt)
         AND step IS NOT DISTINCT FROM at AND NOT (at IS NULL AND q.metric = 'score')
         AND (compared.fact_id IS NULL OR (early IS NOT NULL AND (early OR NOT first)))"""
-    found = f"""SELECT * REPLACE (NULL::INTEGER AS step) FROM ({picked(
-        condition, "item", "stages.stage"
-    )})"""
+    found = f"""SELECT * REPLACE (NULL::INTEGER AS step) FROM ({
+        picked(condition, "item", "stages.stage")
+    })"""
     joined = f"""FROM compared JOIN (VALUES {listed}) AS q (item, metric, protocol, prompt, first)
         ON compared.metric = q.metric AND compared.protocol = q.protocol
         JOIN stages ON compared.run_id = stages.run_id

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from palimpsest.record.results import Results, Run
-from palimpsest.study.columns import HEADLINE, NOT_MEASURED, headline
+from palimpsest.study.columns import NOT_MEASURED, headline
 from palimpsest.study.comparable import compared
 from palimpsest.study.intervals import Estimate, estimates
 from palimpsest.study.labels import labels
@@ -136,7 +136,16 @@ def details(results: Results) -> list[Detail]:
     found = estimates(samples(results, _quantities(results), _QUANTITY))
     keys = sorted({key[1:] for key in found}, key=lambda key: (order[key[0]], key))
     runs = [summary.run.run_id for summary in summarise(results)]
-    measured = [Detail(*key, tuple(found.get((run, *key)) for run in runs)) for key in keys]
+    measured = [
+        Detail(
+            axis,
+            metric,
+            protocol,
+            place,
+            tuple(found.get((run, axis, metric, protocol, place)) for run in runs),
+        )
+        for axis, metric, protocol, place in keys
+    ]
     return [*_profiles(results, runs), *measured]
 
 

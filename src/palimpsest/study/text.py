@@ -1,12 +1,9 @@
 """Numbers as text, the same in every view."""
 
-from typing import Literal
+import re
 
-from palimpsest.study.columns import Column, Direction
 from palimpsest.study.intervals import Estimate
-
-Style = Literal["share", "number", "rank"]
-"""How a column's numbers are set: two decimals, three digits, or whole."""
+from palimpsest.study.table import Cell, Direction, Heading, Style, Words
 
 DASH = "\N{EN DASH}"
 """Stands for a missing value."""
@@ -17,30 +14,35 @@ MINUS = "\N{MINUS SIGN}"
 _ARROWS = {"up": "↑", "down": "↓"}
 
 
-def value_text(estimate: Estimate, style: Style) -> str:
-    """The value as the table shows it; a dash if it is missing."""
-    return DASH if estimate.value is None else _number(estimate.value, style)
+def cell_text(cell: Cell, style: Style, signed: bool = False) -> str:
+    """A cell as tables show it; a dash for an estimate without a value."""
+    if isinstance(cell, Estimate):
+        return value_text(cell, style, signed)
+    if cell is None:
+        return ""
+    if isinstance(cell, Words):
+        return cell.text
+    return _number(cell, style) if isinstance(cell, float) else str(cell)
 
 
-def interval_text(estimate: Estimate, style: Style) -> str:
-    """The 95% interval as low, dash, high; empty if there is none."""
-    return DASH.join(_number(end, style) for end in _ends(estimate))
+def value_text(estimate: Estimate, style: Style, signed: bool = False) -> str:
+    """An estimate's value; a dash if it is missing."""
+    if estimate.value is None:
+        return DASH
+    return _signed(estimate.value, style) if signed else _number(estimate.value, style)
 
 
-def difference_text(estimate: Estimate, style: Style) -> str:
-    """A difference with its sign; a dash if it is missing."""
-    return DASH if estimate.value is None else _signed(estimate.value, style)
+def interval_text(cell: Cell, style: Style, signed: bool = False) -> str:
+    """An estimate's 95% interval as low, dash (or `to`), high; empty if there is none."""
+    if not isinstance(cell, Estimate) or cell.low is None or cell.high is None:
+        return ""
+    number = _signed if signed else _number
+    return (" to " if signed else DASH).join(number(end, style) for end in (cell.low, cell.high))
 
 
-def difference_interval(estimate: Estimate, style: Style) -> str:
-    """A difference's 95% interval: low, `to`, high; empty if there is none."""
-    return " to ".join(_signed(end, style) for end in _ends(estimate))
-
-
-def _ends(estimate: Estimate) -> tuple[float, ...]:
-    """Both ends of the interval; none if there is none."""
-    low, high = estimate.low, estimate.high
-    return () if low is None or high is None else (low, high)
+def brief(text: str) -> str:
+    """Numbers without the zero before their point."""
+    return re.sub(r"\b0(?=\.)", "", text)
 
 
 def _signed(value: float, style: Style) -> str:
@@ -49,11 +51,11 @@ def _signed(value: float, style: Style) -> str:
     return text if zero else f"{'+' if value > 0 else MINUS}{text}"
 
 
-def direction_text(column: Column) -> str:
+def direction_text(heading: Heading) -> str:
     """An arrow for the better direction, and for whom if not for both kinds of method."""
-    if column.editor == column.eraser:
-        return arrow(column.editor)
-    pairs = (("editor", column.editor), ("eraser", column.eraser))
+    if heading.editor == heading.eraser:
+        return arrow(heading.editor)
+    pairs = (("editor", heading.editor), ("eraser", heading.eraser))
     return ", ".join(f"{arrow(direction)} {who}" for who, direction in pairs if direction)
 
 
@@ -77,6 +79,10 @@ def decimals(value: float | None) -> str:
 
 
 def _number(value: float, style: Style) -> str:
+    if style in ("plain", "words"):
+        return plain(value)
+    if style == "decimals":
+        return decimals(value)
     if style == "share":
         return f"{value:.2f}"
     if style == "number" and value >= 1e6:

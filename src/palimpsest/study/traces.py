@@ -6,7 +6,7 @@ positions and each layer.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -265,9 +265,7 @@ def _view(results: Results, run: Run, label: str) -> TraceView:
 _KINDS_OF = ("metric", "protocol")
 
 
-def _chances(
-    results: Results, condition: str
-) -> dict[tuple[str, str, str], float | None]:
+def _chances(results: Results, condition: str) -> dict[tuple[str, str, str], float | None]:
     records = results.query(
         f"SELECT metric, protocol, fact_id, first(value) FROM compared WHERE {condition} "
         "AND fact_id IS NOT NULL GROUP BY ALL"

@@ -33,8 +33,8 @@ _CAPTION = (
     "figures/, as PNG and PDF."
 )
 _FACTS = (
-    "Fact by fact: rows are the tokens of the prompt, a star marks the subject’s. Grey: not traced; "
-    "before the subject nothing differs, and the effect is zero."
+    "Fact by fact: rows are the tokens of the prompt, a star marks the subject’s. Grey: not "
+    "traced; before the subject nothing differs, and the effect is zero."
 )
 
 
@@ -119,9 +119,9 @@ def _listed(found: Sequence[TraceView]) -> Table:
             Heading(title="note", style="words"),
         ],
         lines=[
-            Line((view.label, view.run.run_id, *where, effect, effect.note))
+            Line((view.label, view.run.run_id, corruption, kind, group, layer, effect, effect.note))
             for view in found
-            for *where, effect in aie_rows(view)
+            for corruption, kind, group, layer, effect in aie_rows(view)
         ],
         views=("csv",),
     )

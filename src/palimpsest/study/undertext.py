@@ -28,7 +28,6 @@ _ROW, _TOP, _GAP, _BOTTOM = 15, 58, 30, 46
 _RAMP = [[0.0, "#ffffff"], [0.25, "#c6dbef"], [0.5, "#6baed6"], [0.75, "#2171b5"], [1.0, "#08306b"]]
 
 
-
 @dataclass(frozen=True)
 class Undertext(Study):
     """Where in the model the old and the new object can be read."""

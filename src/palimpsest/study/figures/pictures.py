@@ -3,11 +3,11 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from palimpsest.study.figures.style import FAINT, GRID, INK
+from palimpsest.study.figures.style import FAINT, GRID
 from palimpsest.study.figures.trace_style import (
     COLUMNS,
     EFFECT,
