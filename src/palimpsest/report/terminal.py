@@ -32,7 +32,7 @@ def print_tables(tables: Sequence[Table], console: Console) -> None:
     for place, table in enumerate(tables):
         if place:
             console.print()
-            console.print(Text(table.title, style="bold"))
+        console.print(Text(table.title, style="bold"))
         console.print(_rich(table, console.width))
         for line in (*_legend(table, told), *_marks(table)):
             console.print(line)

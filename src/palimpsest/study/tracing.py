@@ -1,13 +1,14 @@
 """Causal tracing as tables, figures and pictures."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from palimpsest.record.results import Results
 from palimpsest.study.figures import pictures, tracing
 from palimpsest.study.study import Block, Figure, Panel, Panels, Picture, Study
-from palimpsest.study.table import SHOWN, Cell, Heading, Line, Table
+from palimpsest.study.table import Cell, Heading, Line, Table
+from palimpsest.study.text import value_text
 from palimpsest.study.traces import (
     EFFECTS,
     GROUPS,
@@ -48,6 +49,7 @@ class Tracing(Study):
         if not found:
             return ()
         blocks: list[Block] = [_peaks(found), _listed(found)]
+        blocks += [_brief(view, corruption) for view in found for corruption in view.corruptions]
         for view in found:
             blocks += [*_figures(view, len(found) > 1), *_panels(view)]
             blocks += _pictures(view, len(found) > 1)
@@ -82,7 +84,7 @@ def _peaks(found: Sequence[TraceView]) -> Table:
         lines=[line for view in found for c in view.corruptions for line in _lines(view, c)],
         notes=tuple(dict.fromkeys(notes)),
         footnotes=False,
-        views=SHOWN,
+        views=("page",),
     )  # fmt: skip
 
 
@@ -106,6 +108,26 @@ def _lines(view: TraceView, corruption: str) -> Iterator[Line]:
         )
         yield Line((*lead, *own))
         lead = ("", "", None, None, None)
+
+
+def _brief(view: TraceView, corruption: str) -> Table:
+    """The same of one run and corruption, for a terminal."""
+    means = [
+        f"{title} {value_text(view.effects[metric, corruption], 'share')}"
+        for metric, title in EFFECTS.items()
+    ]
+    told = [view.effects[metric, corruption].note for metric in EFFECTS]
+    missing = [f"{note}." for note in dict.fromkeys(told) if note]
+    whole = _peaks([view])
+    lines = [replace(line, cells=line.cells[5:]) for line in _lines(view, corruption)]
+    return replace(
+        whole,
+        title=f"{view.label}, corrupted by {corruption_text(corruption)}",
+        headings=whole.headings[5:],
+        lines=lines,
+        notes=("  ".join(means), *missing),
+        views=("terminal",),
+    )
 
 
 def _listed(found: Sequence[TraceView]) -> Table:
