@@ -27,7 +27,7 @@ from palimpsest.record.store import (
     finished_runs,
     is_done,
     measured,
-    read_run,
+    run_of,
 )
 
 Keys = Mapping[str, str]
@@ -150,7 +150,7 @@ def recorded(recording: Recording, task: Task, told: Callable[[str], None]) -> t
         check_writable(directory)
     with held(directory / ".lock", waiting=partial(_tell, directory, told)):
         check_earlier(directory)
-        run = read_run(directory) if is_done(directory) else None
+        run = run_of(directory) if is_done(directory) else None
         have = set() if run is None else measured(run)
         missing = {name for name, key in task.keys.items() if (name, key) not in have}
         if run is not None and not missing:
@@ -186,11 +186,14 @@ def _carried_out(recording: Recording, store: RunStore, task: Task, missing: set
         with tracker.run(store.directory, store.run) as live:
             store.update(wandb=tracker.describe())
             task.work(store, missing)
-            if not store.finished:
+            if store.finished:
+                store.finish()  # so that the tracker is shown old rows and new ones
+            else:
                 store.update(seconds=watch.seconds, peak_mb=watch.peak_mb)
                 store.update(batch_sizes={"forward": model.batch_size})
             live.log_results(store.snapshot())
-        store.finish()
+        if not store.finished:
+            store.finish()
         add_requests(store.directory, task.record["requests"])
     except BaseException as error:
         store.fail(error)

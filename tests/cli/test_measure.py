@@ -11,7 +11,7 @@ from palimpsest.cli import measure as command
 from palimpsest.intervene.editors.editor import Editor
 from palimpsest.intervene.erasers.eraser import Eraser
 from palimpsest.intervene.pairs import InTurn
-from palimpsest.record.store import COLUMNS, load_runs, read_run
+from palimpsest.record.store import COLUMNS, load_runs, run_of
 
 SMALL = (
     "evaluate.tuned_lens.tokens=128",
@@ -131,7 +131,7 @@ def test_an_interrupted_measurement_leaves_the_run_finished(call, quick, monkeyp
         assert call("measure", "results/runs", *SMALL).code == 1
     [path] = Path("results/runs").iterdir()
     assert rows(Path("results/runs")) == before
-    assert read_run(path)["status"] == "done"
+    assert run_of(path)["status"] == "done"
     assert call("measure", "results/runs", *SMALL).code == 0
     assert {key[0] for key in rows(Path("results/runs"))} >= {"undertext", "compression"}
 

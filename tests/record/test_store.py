@@ -153,7 +153,7 @@ def test_finish_leaves_the_files_of_the_contract(tmp_path):
 def test_a_failing_finish_leaves_rows_and_no_done(tmp_path, monkeypatch):
     store = RunStore.open(tmp_path, RUN)
     store.append([row()])
-    monkeypatch.setattr("palimpsest.record.store.COLUMNS", {"value": "NO_SUCH_TYPE"})
+    monkeypatch.setattr("palimpsest.record.results.COLUMNS", {"value": "NO_SUCH_TYPE"})
     with pytest.raises(duckdb.Error):
         store.finish()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "run.json"]

@@ -39,6 +39,7 @@ EXAMPLES = {
     "report": (
         "palimpsest report results/quickstart",
         "palimpsest report results/quickstart --against rome",
+        "palimpsest report results/quickstart --config-dir conf +study=mine",
     ),
     "ask": (
         'palimpsest ask "The Eiffel Tower is located in the city of" --subject "the Eiffel Tower" '
@@ -192,12 +193,12 @@ def _add_measure(commands: Commands) -> None:
 
 
 def _add_report(commands: Commands) -> None:
+    from palimpsest.cli.report import add_arguments
+
     report = _command(commands, "report", "table, HTML page, CSV and LaTeX of a sweep's results")
-    report.add_argument("directory", type=Path)
-    report.add_argument(
-        "--against", metavar="RUN", help="a label or method: differences from it, fact by fact"
-    )
-    report.set_defaults(call=lambda options: _report(options.directory, options.against))
+    report.intermixed = True
+    add_arguments(report)
+    report.set_defaults(call=lambda o: _report(o.directory, o.against, o.overrides, o.config_dir))
 
 
 def _add_ask(commands: Commands) -> None:
@@ -317,18 +318,15 @@ def _measure(options: argparse.Namespace) -> int:
     return measure(options)
 
 
-def _report(directory: Path, reference: str | None = None) -> int:
-    """Print the table; write the page, CSV and LaTeX."""
-    from palimpsest.record.store import load_runs
-    from palimpsest.report.page import write_report
-    from palimpsest.report.terminal import print_summary
+def _report(
+    directory: Path,
+    against: str | None = None,
+    overrides: Sequence[str] = (),
+    config_dir: Path | None = None,
+) -> int:
+    from palimpsest.cli.report import report
 
-    console = Screen()
-    console.width = max(console.width, 110)  # narrower, the table would lose columns
-    print_summary(load_runs(directory), console, reference)
-    page = write_report(directory, reference)
-    console.show(f"report: {page}")
-    return 0
+    return report(directory, against, overrides, config_dir)
 
 
 def _check_facts(file: Path, overrides: Sequence[str]) -> int:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from palimpsest.cli.launching import Grid, Outcome, Planned, Work, grid
 from palimpsest.cli.words import explained, say
 from palimpsest.record.redact import one_line
-from palimpsest.record.store import finished_runs, read_run
+from palimpsest.record.store import finished_runs, run_of
 from palimpsest.sweep import plan as manifest
 
 Of = Callable[[DictConfig], Any]
@@ -114,7 +114,7 @@ def _died(job: Planned, error: Exception) -> Outcome:
     if (done := wanted.found(finished_runs(wanted.directory))) is not None:
         return Outcome(0, f"done: {done}")
     for path in sorted(wanted.directory.glob("*/run.json")):
-        run = read_run(path.parent)
+        run = run_of(path.parent)
         if run and wanted.request in (run.get("requests") or ()) and run.get("error"):
             return Outcome(1, f"error: {run['error']}")
     code, _ = explained(error)

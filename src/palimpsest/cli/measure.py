@@ -13,7 +13,7 @@ from palimpsest.cli.configuration import as_request, check_config
 from palimpsest.cli.jobs import composed, parts_of, phases, ruler_of
 from palimpsest.cli.words import say
 from palimpsest.errors import RequestError
-from palimpsest.record.store import is_done, read_run
+from palimpsest.record.store import is_done, run_of
 
 if TYPE_CHECKING:
     from palimpsest.further import Further
@@ -58,7 +58,7 @@ def _finished(directory: Path) -> list[tuple[Path, dict[str, Any]]]:
     """The finished runs that changed something, and their run.json."""
     own = (directory / "run.json").is_file()
     places = [directory] if own else sorted(p.parent for p in directory.glob("*/run.json"))
-    found = [(path, run) for path in places if is_done(path) and (run := read_run(path))]
+    found = [(path, run) for path in places if is_done(path) and (run := run_of(path))]
     found = [(path, run) for path, run in found if run["method"] != "trace"]
     if not found:
         raise RequestError(

@@ -1,16 +1,13 @@
 """The directory of one run: rows are appended while it works and become parquet when it is done."""
 
 import dataclasses
-import glob
 import json
 import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,52 +15,25 @@ import duckdb
 import safetensors
 
 from palimpsest.errors import RequestError, Stopped, WriteError
-from palimpsest.files import (
-    atomic,
-    fingerprint,
-    parse_json,
-    read_json,
-    write_json,
-    write_text,
-    writing,
-)
+from palimpsest.files import atomic, fingerprint, parse_json, write_json, write_text, writing
 from palimpsest.record.redact import one_line
+from palimpsest.record.results import (
+    COLUMNS,
+    FIELDS,
+    KEY,
+    MEASURE,
+    ORDER,
+    Run,
+    check_schema,
+    database,
+    read_facts,
+    read_json,
+    read_run,
+    relation,
+    unreadable,
+)
 from palimpsest.record.row import SCHEMA_VERSION, Row
 
-COLUMNS = {
-    "measure": "VARCHAR",
-    "measure_key": "VARCHAR",
-    "fact_id": "VARCHAR",
-    "relation": "VARCHAR",
-    "split": "VARCHAR",
-    "scope": "VARCHAR",
-    "axis": "VARCHAR",
-    "metric": "VARCHAR",
-    "protocol": "VARCHAR",
-    "prompt_id": "VARCHAR",
-    "layer": "INTEGER",
-    "position": "VARCHAR",
-    "step": "INTEGER",
-    "budget": "INTEGER",
-    "value": "DOUBLE",
-    "n": "BIGINT",
-    "note": "VARCHAR",
-}
-"""The columns of rows.parquet in order, with their SQL types."""
-
-MEASURE = ("measure", "measure_key")
-"""The columns that say by which measure a row was made, and how that was configured."""
-
-FIELDS = tuple(name for name in COLUMNS if name not in MEASURE)
-"""The columns that are fields of a Row."""
-
-KEY = tuple(name for name in COLUMNS if name not in ("value", "n", "note"))
-"""The columns that together name a row: no two rows of a run share them."""
-
-_ORDER = ", ".join(
-    f"{name} NULLS FIRST"
-    for name in sorted(KEY, key=lambda name: name not in ("axis", "metric", "protocol"))
-)
 _RUN, _ROWS = "run.json", "rows.jsonl"
 _MADE_ANEW = ("rows.parquet", "facts.json", "intervention", "wandb", "DONE")
 _SAME = ("run_id", "versions", "code", "device")
@@ -73,45 +43,6 @@ _CONTROL = ("section", "attempt")
 """Keys of the lines of rows.jsonl that are no rows."""
 
 Key = tuple[str | int | None, ...]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one run left behind.
-
-    Attributes:
-        run: the contents of run.json.
-        rows: every measured value, in the parquet's order.
-        facts: what the model said for each target fact (facts.json); empty when not recorded.
-        path: the run's directory.
-    """
-
-    run: dict[str, Any]
-    rows: list[Row] = field(repr=False)
-    facts: list[dict[str, Any]] = field(repr=False)
-    path: Path
-
-    @property
-    def method(self) -> str:
-        """The method's name."""
-        return str(self.run["method"])
-
-    @property
-    def run_id(self) -> str:
-        """The run's identity: a hash of its scientific configuration."""
-        return str(self.run["run_id"])
-
-    @cached_property
-    def _index(self) -> dict[tuple[str, str], list[Row]]:
-        index: dict[tuple[str, str], list[Row]] = {}
-        for row in self.rows:
-            index.setdefault((row.metric, row.protocol), []).append(row)
-        return index
-
-    def select(self, metric: str, protocol: str, **equal: str | int | None) -> list[Row]:
-        """The rows of one metric and protocol whose named columns equal the given values."""
-        rows = self._index.get((metric, protocol), [])
-        return [row for row in rows if all(getattr(row, k) == v for k, v in equal.items())]
 
 
 def is_done(directory: Path) -> bool:
@@ -131,19 +62,19 @@ def check_earlier(directory: Path) -> None:
     """
     _check_record(directory)
     if is_done(directory):
-        run = _run_json(directory)
+        run = read_run(directory)
         if run["status"] != "done":
-            raise _unreadable(directory / "run.json", f"status {run['status']!r} beside DONE")
+            raise unreadable(directory / "run.json", f"status {run['status']!r} beside DONE")
         _check_parquet(directory / "rows.parquet")
-        _facts(directory)
+        read_facts(directory)
         if run["method"] != "trace":
             _check_intervention(directory / "intervention")
 
 
-def read_run(directory: Path) -> dict[str, Any] | None:
+def run_of(directory: Path) -> dict[str, Any] | None:
     """The run.json of a run of this schema; None where there is none, or another one."""
     try:
-        run = _run_json(directory)
+        run = read_run(directory)
     except RequestError:
         return None
     return run if run.get("schema") == SCHEMA_VERSION else None
@@ -160,7 +91,7 @@ def finished_runs(directory: Path) -> dict[str, list[tuple[Path, Taken]]]:
     """
     found: dict[str, list[tuple[Path, Taken]]] = {}
     for path in sorted(directory.glob("*/run.json")):
-        run = read_run(path.parent)
+        run = run_of(path.parent)
         if run is not None and is_done(path.parent):
             for request in run.get("requests") or ():
                 found.setdefault(str(request), []).append((path.parent, measured(run)))
@@ -174,7 +105,7 @@ def add_requests(directory: Path, requests: Iterable[str]) -> None:
         RequestError: the directory cannot be written.
         WriteError: there is no room.
     """
-    run = _run_json(directory)
+    run = read_run(directory)
     found = dict.fromkeys((*(run.get("requests") or ()), *requests))
     write_json(directory / _RUN, run | {"requests": list(found)})
 
@@ -260,7 +191,7 @@ class RunStore:
             WriteError: there is no room.
         """
         check_earlier(directory)
-        run = _run_json(directory)
+        run = read_run(directory)
         with writing(directory):
             kept = _take_up(directory, {**attempt, "run_id": run["run_id"]})
         return cls(directory, run, kept, finished=True)
@@ -324,8 +255,7 @@ class RunStore:
 
     def snapshot(self) -> Run:
         """The run as written so far, read back from disk."""
-        rows = _read_rows(self._source())
-        return Run(dict(self._run), rows, _facts(self.directory), self.directory)
+        return Run(dict(self._run), self.directory)
 
     def finish(self) -> None:
         """Turn rows.jsonl into rows.parquet, set the status to `done` and write DONE last.
@@ -338,9 +268,9 @@ class RunStore:
         """
         source = self._source()
         check_keys(source)
-        with atomic(self.directory / "rows.parquet") as temporary, _database() as database:
-            database.execute(
-                f"COPY (SELECT * FROM {source} ORDER BY {_ORDER}) TO ? "
+        with atomic(self.directory / "rows.parquet") as temporary, database() as connection:
+            connection.execute(
+                f"COPY (SELECT * FROM {source} ORDER BY {ORDER}) TO ? "
                 "(FORMAT parquet, COMPRESSION zstd, USE_TMP_FILE false)",  # `temporary` is one
                 [str(temporary)],
             )
@@ -364,45 +294,18 @@ class RunStore:
 
     def _source(self) -> str:
         """The rows so far, as SQL."""
-        new = _jsonl(self.directory / _ROWS)
+        new = relation(self.directory / _ROWS)
         if not self.finished:
             return new
-        old, pair = _parquet(self.directory / "rows.parquet"), ", ".join(MEASURE)
+        old, pair = relation(self.directory / "rows.parquet"), ", ".join(MEASURE)
         kept = f"SELECT * FROM {old} WHERE ({pair}) NOT IN (SELECT ({pair}) FROM {new})"
         return f"({kept} UNION ALL SELECT * FROM {new})"
-
-
-def load_runs(directory: Path) -> list[Run]:
-    """The finished runs in a sweep's directory, or the one in a run's own, ordered by run id.
-
-    Raises:
-        RequestError: no such directory, no finished run in it, a file that cannot be read, or
-            results of another schema.
-    """
-    found = [path for path in _run_directories(directory) if is_done(path)]
-    if not found:
-        states = [f"{run['run_id']} {run['status']}" for run in load_unfinished(directory)]
-        raise RequestError(
-            f"expected finished runs (with a file DONE) in {directory}, found "
-            f"{', '.join(states) or 'none'}; run `palimpsest run record.dir={directory}` first"
-        )
-    return [_load(path) for path in found]
-
-
-def load_unfinished(directory: Path) -> list[dict[str, Any]]:
-    """The run.json of every run in `directory` that failed or has not finished.
-
-    Raises:
-        RequestError: no such directory, or a run.json that cannot be read.
-    """
-    paths = [path for path in _run_directories(directory) if not is_done(path)]
-    return [_run_json(path) for path in paths]
 
 
 def _check_record(directory: Path) -> None:
     """Refuse a run.json, where there is one or has to be, of another schema or not to be read."""
     if (directory / _RUN).exists() or is_done(directory):
-        _check_schema(_run_json(directory), directory)
+        check_schema(read_run(directory), directory)
 
 
 def _now() -> str:
@@ -494,14 +397,6 @@ def _record(row: Row) -> dict[str, Any]:
     return record | {"value": None if row.value is None else float(row.value)}
 
 
-def _database() -> duckdb.DuckDBPyConnection:
-    return duckdb.connect(config={"threads": 1})
-
-
-def _sql_text(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
-
-
 def check_keys(source: str) -> None:
     """Refuse rows of which two share a key.
 
@@ -513,108 +408,30 @@ def check_keys(source: str) -> None:
     """
     key = ", ".join(KEY)
     query = f"SELECT {key} FROM {source} GROUP BY {key} HAVING count(*) > 1 LIMIT 1"
-    with _database() as database:
-        found = database.execute(query).fetchone()
+    with database() as connection:
+        found = connection.execute(query).fetchone()
     if found is not None:
         raise ValueError(f"two rows with the same key: {_describe(found)}")
 
 
-def _jsonl(path: Path) -> str:
-    columns = ", ".join(f"{name}: '{kind}'" for name, kind in COLUMNS.items())
-    name = _sql_text(glob.escape(str(path)))
-    file = f"read_json({name}, format='newline_delimited', columns={{{columns}}})"
-    return f"(SELECT * FROM {file} WHERE metric IS NOT NULL)"  # not the lines that end a section
-
-
-def _parquet(path: Path) -> str:
-    return f"read_parquet({_sql_text(glob.escape(str(path)))})"
-
-
-def _read_rows(source: str) -> list[Row]:
-    query = f"SELECT {', '.join(FIELDS)} FROM {source} ORDER BY {_ORDER}"
-    with _database() as database:
-        records = database.execute(query).fetchall()
-    return [Row(**dict(zip(FIELDS, record, strict=True))) for record in records]
-
-
-def _run_directories(directory: Path) -> list[Path]:
-    if not directory.is_dir():
-        raise RequestError(
-            f"expected a directory of results, found nothing at {directory}; check the path, or "
-            "make results with `palimpsest run`"
-        )
-    if (directory / "run.json").is_file():
-        return [directory]
-    return sorted(path.parent for path in directory.glob("*/run.json"))
-
-
-def _load(path: Path) -> Run:
-    run = _run_json(path)
-    _check_schema(run, path)
-    try:
-        rows = _read_rows(_parquet(path / "rows.parquet"))
-    except duckdb.Error as error:
-        raise _unreadable(path / "rows.parquet", error) from error
-    return Run(run, rows, _facts(path), path)
-
-
-def _check_schema(run: Mapping[str, Any], path: Path) -> None:
-    found = run.get("schema")
-    if found != SCHEMA_VERSION:
-        age = "a newer" if isinstance(found, int) and found > SCHEMA_VERSION else "another"
-        raise RequestError(
-            f"expected results of schema {SCHEMA_VERSION} in {path}, found {found!r}; read them "
-            f"with {age} version of palimpsest, or delete the directory and run again"
-        )
-
-
 def _check_parquet(path: Path) -> None:
     """Refuse what is no parquet file with the columns of rows, or has two rows of one key."""
-    query = f"SELECT {', '.join(COLUMNS)} FROM {_parquet(path)} LIMIT 0"
+    query = f"SELECT {', '.join(COLUMNS)} FROM {relation(path)} LIMIT 0"
     try:
-        with _database() as database:
-            database.execute(query)
-        check_keys(_parquet(path))
+        with database() as connection:
+            connection.execute(query)
+        check_keys(relation(path))
     except (duckdb.Error, ValueError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def _check_intervention(directory: Path) -> None:
     """Refuse tensors that are not there, or not as many bytes as their header says."""
-    if not isinstance(_json(directory / "intervention.json"), dict):
-        raise _unreadable(directory / "intervention.json", "expected an object")
+    if not isinstance(read_json(directory / "intervention.json"), dict):
+        raise unreadable(directory / "intervention.json", "expected an object")
     file = directory / "intervention.safetensors"
     try:
         with safetensors.safe_open(file, framework="pt"):
             pass
     except (OSError, safetensors.SafetensorError) as error:
-        raise _unreadable(file, error) from error
-
-
-def _run_json(path: Path) -> dict[str, Any]:
-    run = _json(path / "run.json")
-    needed = ("run_id", "method", "status")
-    if not isinstance(run, dict) or any(name not in run for name in needed):
-        raise _unreadable(path / "run.json", f"expected the keys {', '.join(needed)}")
-    return run
-
-
-def _facts(path: Path) -> list[dict[str, Any]]:
-    file = path / "facts.json"
-    found = _json(file) if file.exists() else []
-    if not isinstance(found, list):
-        raise _unreadable(file, "expected a list")
-    return found
-
-
-def _json(path: Path) -> Any:
-    try:
-        return read_json(path)
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, cause: Exception | str) -> RequestError:
-    return RequestError(
-        f"cannot read {path}: {one_line(cause)}; delete the run's directory and run it again"
-    )
+        raise unreadable(file, error) from error

@@ -1,24 +1,48 @@
 """The headline numbers: what each is, which rows it is made of, and which direction is better."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
-from palimpsest.record.row import Axis, Row
-from palimpsest.record.store import Run
-from palimpsest.study.intervals import Estimate, estimate
-from palimpsest.study.recoverable import recoverable
+import numpy as np
 
-Direction = Literal["up", "down"] | None
-"""Which way is better; None where neither is."""
+from palimpsest.record.results import Results, sql_text
+from palimpsest.record.row import Axis
+from palimpsest.study.intervals import Estimate, Sample, estimates
+from palimpsest.study.recoverable import recoverable
+from palimpsest.study.samples import Key, picked, samples
+from palimpsest.study.table import Direction, Heading
 
 REFITTED = ("retrained", "adaptive")
 """Protocols of probes that were trained after the change, the preferred one first."""
 
+ByRun = Mapping[str, Estimate]
+"""A number of many runs, by run id; a run of which nothing was measured may lack it."""
+
+NOT_MEASURED = Estimate(None, note="not measured")
+
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """A number that is the mean of some rows, so that two runs can be compared fact by fact.
+
+    Attributes:
+        metric: of the rows.
+        protocol: of the rows.
+        prompt: what their prompt ids begin with.
+        split: of the rows; any if None.
+    """
+
+    metric: str
+    protocol: str
+    prompt: str = ""
+    split: str | None = None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
-    """One headline number.
+    """One headline number: the mean of some rows, or what a function reads.
 
     Attributes:
         key: `axis/metric/protocol`, also the name in report.csv and in wandb.
@@ -28,7 +52,8 @@ class Column:
         meaning: one line.
         editor: the better direction for a method that writes a new object; None if neither.
         eraser: the better direction for a method that removes the old one.
-        read: makes the number from a run.
+        rows: the rows that it is the mean of; None if it is none.
+        read: else makes the number of all runs.
         style: `share` (two decimals), `number` (three digits) or `rank`.
         caution: a footnote that the number must never be shown without.
     """
@@ -40,91 +65,144 @@ class Column:
     meaning: str
     editor: Direction = None
     eraser: Direction = None
-    read: Callable[[Run], Estimate]
+    rows: Quantity | None = None
+    read: Callable[[Results], ByRun] | None = None
     style: Literal["share", "number", "rank"] = "share"
     caution: str | None = None
 
+    def heading(self, signed: bool = False) -> Heading:
+        """The column of a table that shows the number, or differences of it."""
+        return Heading(
+            key=self.key,
+            title=self.title,
+            short=self.short,
+            group=self.axis,
+            meaning=self.meaning,
+            editor=self.editor,
+            eraser=self.eraser,
+            style=self.style,
+            signed=signed,
+            caution=None if signed else self.caution,
+        )
 
-def rows_of(
-    metric: str, protocol: str, prompt: str = "", **equal: str | int | None
-) -> Callable[[Run], list[Row]]:
-    """Select a metric's rows from prompts whose id starts with `prompt`.
 
-    Without a `step` among the columns that are to be equal: those after the last edit.
+def headline(results: Results) -> dict[str, ByRun]:
+    """The headline numbers of all runs, by column key."""
+    means = means_of(results, [c.rows for c in HEADLINE if c.rows])
+    return {
+        column.key: column.read(results) if column.read else means[column.rows]
+        for column in HEADLINE
+    }
+
+
+def means_of(results: Results, wanted: Iterable[Quantity | None]) -> dict[Quantity | None, ByRun]:
+    """Each quantity's estimates by run id."""
+    listed = [quantity for quantity in wanted if quantity]
+    found = estimates(samples(results, rows_of(listed), ["item"]))
+    made: dict[Quantity | None, dict[str, Estimate]] = {quantity: {} for quantity in listed}
+    for (run_id, item), value in found.items():
+        made[listed[item]][run_id] = value
+    return dict(made)
+
+
+def rows_of(wanted: Sequence[Quantity], *columns: str) -> str:
+    """A query for `samples`: the rows of some quantities.
+
+    Args:
+        wanted: the quantities; a row's place in them is the column `item`.
+        columns: further columns.
     """
-
-    def select(run: Run) -> list[Row]:
-        found = run.select(metric, protocol, budget=None, **equal)
-        return [row for row in last_step(found) if (row.prompt_id or "").startswith(prompt)]
-
-    return select
-
-
-def last_step(rows: Sequence[Row]) -> list[Row]:
-    """The rows that describe the run's end: those without a step, else those of the last one."""
-    steps = {row.step for row in rows}
-    last = None if None in steps else max((s for s in steps if s is not None), default=None)
-    return [row for row in rows if row.step == last]
-
-
-def probe_rows(run: Run, protocol: str, position: str = "last_prompt") -> list[Row]:
-    """A probe's rows on the facts that every method changes, at all layers."""
-    return rows_of("probe_accuracy", protocol, split="target", position=position)(run)
+    listed = ", ".join(
+        f"({place}, {sql_text(q.metric)}, {sql_text(q.protocol)}, {sql_text(q.prompt)}, "
+        f"{'NULL' if q.split is None else sql_text(q.split)})"
+        for place, q in enumerate(wanted)
+    )
+    found = picked(
+        "true", "item", *columns, counts="starts_with(coalesce(prompt_id, ''), q.prompt)"
+    )
+    named = f"compared JOIN (VALUES {listed}) AS q (item, metric, protocol, prompt, split) ON "
+    named += "compared.metric = q.metric AND compared.protocol = q.protocol"
+    return (
+        found.replace("FROM compared", f"FROM {named}")
+        + " AND budget IS NULL AND (q.split IS NULL OR q.split = compared.split)"
+    )
 
 
-def probe_frozen(run: Run) -> Estimate:
+@lru_cache(maxsize=2)
+def probe_samples(results: Results, position: str) -> dict[Key, Sample]:
+    """Probes on the facts that every method changes, by run, protocol and layer."""
+    names = ", ".join(map(sql_text, ("frozen", *REFITTED)))
+    condition = (
+        f"metric = 'probe_accuracy' AND protocol IN ({names}) AND split = 'target' "
+        f"AND position = {sql_text(position)} AND budget IS NULL"
+    )
+    found = picked(condition, "protocol", "layer")
+    return samples(results, found, ["protocol", "layer"], ["protocol"])
+
+
+def probe_frozen(results: Results) -> ByRun:
     """Accuracy of probes trained on the unchanged model, at the deepest measured layer."""
-    layer = _deepest(_probes(run))
-    rows = [row for row in probe_rows(run, "frozen") if row.layer == layer]
-    return estimate(rows, place=_at(layer))
+    found = _at_the_deepest(probe_samples(results, "last_prompt"))
+    return _estimated(
+        {
+            run: (some.get("frozen") or _together([]), f"layer {layer}")
+            for run, (layer, some) in found.items()
+        }
+    )
 
 
-def probe_refit(run: Run) -> Estimate:
+def probe_refit(results: Results) -> ByRun:
     """The same place, probes trained after the change: retrained ones, or else adaptive ones."""
-    layer = _deepest(_probes(run))
-    named = [(name, [r for r in probe_rows(run, name) if r.layer == layer]) for name in REFITTED]
-    for name, rows in named:
-        if any(row.value is not None for row in rows):
-            return estimate(rows, place=f"{name}, {_at(layer)}")
-    return estimate([row for _, rows in named for row in rows], place=_at(layer))
+    chosen = {}
+    for run, (layer, some) in _at_the_deepest(probe_samples(results, "last_prompt")).items():
+        refitted = [(name, some[name]) for name in REFITTED if name in some]
+        valued = [(name, sample) for name, sample in refitted if sample.present]
+        if valued:
+            chosen[run] = valued[0][1], f"{valued[0][0]}, layer {layer}"
+        else:
+            chosen[run] = _together([sample for _, sample in refitted]), f"layer {layer}"
+    return _estimated(chosen)
 
 
-def old_rank(run: Run) -> Estimate:
+def old_rank(results: Results) -> ByRun:
     """Median rank of the old object under the logit lens at the deepest measured layer."""
-    rows = rows_of("lens_rank_old", "logit_lens", position="last_prompt")(run)
-    layer = _deepest(rows)
-    return estimate([row for row in rows if row.layer == layer], "median", _at(layer))
+    condition = (
+        "metric = 'lens_rank_old' AND protocol = 'logit_lens' AND position = 'last_prompt' "
+        "AND budget IS NULL"
+    )
+    rows = picked(condition, "protocol", "layer")
+    found = samples(results, rows, ["protocol", "layer"], ["protocol"])
+    chosen = {
+        run: (some["logit_lens"], f"layer {layer}")
+        for run, (layer, some) in _at_the_deepest(found).items()
+    }
+    return _estimated(chosen, "median")
 
 
-def _probes(run: Run) -> list[Row]:
-    return [row for name in ("frozen", *REFITTED) for row in probe_rows(run, name)]
+def _at_the_deepest(found: Mapping[Key, Sample]) -> dict[str, tuple[int, dict[str, Sample]]]:
+    """By run the deepest measured layer, and the samples there by protocol."""
+    deepest: dict[str, int] = {}
+    for run, _, layer in found:
+        if layer is not None:
+            deepest[run] = max(layer, deepest.get(run, layer))
+    chosen: dict[str, tuple[int, dict[str, Sample]]] = {}
+    for (run, protocol, layer), sample in found.items():
+        if layer is not None and layer == deepest[run]:
+            chosen.setdefault(run, (layer, {}))[1][protocol] = sample
+    return chosen
 
 
-def _deepest(rows: Sequence[Row]) -> int | None:
-    return max((row.layer for row in rows if row.layer is not None), default=None)
+def _together(found: Sequence[Sample]) -> Sample:
+    """Samples without values as one, with the causes of all."""
+    causes = sorted({cause for sample in found for cause in sample.causes})
+    return Sample(np.empty(0), (), (), asked=sum(s.asked for s in found), causes=tuple(causes))
 
 
-def _at(layer: int | None) -> str | None:
-    return None if layer is None else f"layer {layer}"
-
-
-@dataclass(frozen=True, slots=True)
-class Mean:
-    """A number that is the mean of some rows, so that two runs can be compared fact by fact.
-
-    Attributes:
-        rows: which, of a run.
-    """
-
-    rows: Callable[[Run], list[Row]]
-
-    def __call__(self, run: Run) -> Estimate:
-        """The number."""
-        return estimate(self.rows(run))
-
-
-def _mean(metric: str, protocol: str, prompt: str = "", **equal: str) -> Mean:
-    return Mean(rows_of(metric, protocol, prompt, **equal))
+def _estimated(
+    chosen: Mapping[str, tuple[Sample, str]], center: Literal["mean", "median"] = "mean"
+) -> ByRun:
+    places = {run: place for run, (_, place) in chosen.items()}
+    return estimates({run: sample for run, (sample, _) in chosen.items()}, center, places)
 
 
 HEADLINE = (
@@ -135,7 +213,7 @@ HEADLINE = (
         short="eff",
         meaning="the new object is more probable than the old one on the prompt that was fitted",
         editor="up",
-        read=_mean("efficacy", "probability"),
+        rows=Quantity("efficacy", "probability"),
     ),
     Column(
         key="downstream/paraphrase/probability",
@@ -144,7 +222,7 @@ HEADLINE = (
         short="par",
         meaning="the same on paraphrases that no fit has seen",
         editor="up",
-        read=_mean("paraphrase", "probability"),
+        rows=Quantity("paraphrase", "probability"),
     ),
     Column(
         key="downstream/neighborhood/probability",
@@ -154,7 +232,7 @@ HEADLINE = (
         meaning="other subjects with the same old object keep preferring it",
         editor="up",
         eraser="up",
-        read=_mean("neighborhood", "probability"),
+        rows=Quantity("neighborhood", "probability"),
     ),
     Column(
         key="downstream/score/harmonic_mean",
@@ -163,7 +241,7 @@ HEADLINE = (
         short="sco",
         meaning="harmonic mean of efficacy, paraphrase and neighborhood",
         editor="up",
-        read=_mean("score", "harmonic_mean"),
+        rows=Quantity("score", "harmonic_mean"),
     ),
     Column(
         key="downstream/suppression/candidates",
@@ -173,7 +251,7 @@ HEADLINE = (
         meaning="on unseen paraphrases the old object no longer wins among the relation's objects",
         editor="up",
         eraser="up",
-        read=_mean("suppression", "candidates", "paraphrase"),
+        rows=Quantity("suppression", "candidates", "paraphrase"),
     ),
     Column(
         key="downstream/relation_accuracy/vocabulary",
@@ -183,7 +261,7 @@ HEADLINE = (
         meaning="untouched subjects of the same relations are still answered correctly",
         editor="up",
         eraser="up",
-        read=_mean("relation_accuracy", "vocabulary", split="test"),
+        rows=Quantity("relation_accuracy", "vocabulary", split="test"),
     ),
     Column(
         key="downstream/other_accuracy/vocabulary",
@@ -193,7 +271,7 @@ HEADLINE = (
         meaning="facts of other relations are still answered correctly",
         editor="up",
         eraser="up",
-        read=_mean("other_accuracy", "vocabulary"),
+        rows=Quantity("other_accuracy", "vocabulary"),
     ),
     Column(
         key="downstream/perplexity/heldout_text",
@@ -204,7 +282,7 @@ HEADLINE = (
         editor="down",
         eraser="down",
         style="number",
-        read=_mean("perplexity", "heldout_text"),
+        rows=Quantity("perplexity", "heldout_text"),
     ),
     Column(
         key="recoverability/probe_accuracy/frozen",
@@ -260,7 +338,7 @@ HEADLINE = (
         short="new",
         meaning="a question that the fact entails is answered as the new object requires",
         editor="up",
-        read=_mean("twohop_new", "vocabulary"),
+        rows=Quantity("twohop_new", "vocabulary"),
     ),
     Column(
         key="consistency/twohop_old/vocabulary",
@@ -270,7 +348,7 @@ HEADLINE = (
         meaning="the same question is still answered as the old object requires",
         editor="down",
         eraser="down",
-        read=_mean("twohop_old", "vocabulary"),
+        rows=Quantity("twohop_old", "vocabulary"),
     ),
     Column(
         key="consistency/twohop_neither/vocabulary",
@@ -278,7 +356,7 @@ HEADLINE = (
         title="two-hop neither",
         short="nei",
         meaning="the same question gets any other answer",
-        read=_mean("twohop_neither", "vocabulary"),
+        rows=Quantity("twohop_neither", "vocabulary"),
     ),
     Column(
         key="consistency/agreement_correct/true",
@@ -288,7 +366,7 @@ HEADLINE = (
         meaning="two paraphrases get the same answer, and it is the old object",
         editor="down",
         eraser="down",
-        read=_mean("agreement_correct", "true"),
+        rows=Quantity("agreement_correct", "true"),
     ),
     Column(
         key="consistency/agreement_correct/new",
@@ -297,7 +375,7 @@ HEADLINE = (
         short="=new",
         meaning="two paraphrases get the same answer, and it is the new object",
         editor="up",
-        read=_mean("agreement_correct", "new"),
+        rows=Quantity("agreement_correct", "new"),
     ),
 )
 """The headline columns, in order."""

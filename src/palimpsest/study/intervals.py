@@ -1,19 +1,18 @@
-"""One number and its uncertainty from rows. The unit of statistics is the fact."""
+"""Numbers and their uncertainty. The unit of statistics is the fact."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-
-from palimpsest.record.row import Row
 
 Center = Literal["mean", "median"]
 """What stands for many values."""
 
 Floats = NDArray[np.float64]
+Relations = tuple[str | None, ...]
 
 CLUSTERS = 10
 """With this many relations, whole relations are resampled; with fewer, facts within relations."""
@@ -22,6 +21,10 @@ RESAMPLES = 2000
 """Bootstrap samples behind an interval."""
 
 _SEED = 20_220_210
+_TOGETHER = 256
+"""Quantities whose resamples are held at once."""
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,31 +48,104 @@ class Estimate:
     place: str | None = None
 
 
-def estimate(rows: Sequence[Row], center: Center = "mean", place: str | None = None) -> Estimate:
-    """The centre of the facts' values, where a fact's value is the mean over its prompts.
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One quantity of one run before any statistics.
 
-    Rows without a fact are aggregates: they are averaged with weight n and have no interval.
+    Attributes:
+        values: `[facts]` each fact's mean over its prompts; empty where no fact has a value.
+        facts: their ids, sorted.
+        relations: `[facts]` their relations.
+        aggregate: the mean with weight n of values that are no single fact's, and the sum of the
+            weights; None if a fact has a value, or none is there.
+        asked: rows.
+        present: rows with a value.
+        causes: why values are missing, sorted.
+        upstream: whether all values were read where the change cannot reach.
+        unlike: measures of these rows that were configured otherwise than in most runs.
+    """
+
+    values: Floats
+    facts: tuple[str, ...]
+    relations: Relations
+    aggregate: tuple[float, int] | None = None
+    asked: int = 0
+    present: int = 0
+    causes: tuple[str, ...] = ()
+    upstream: bool = False
+    unlike: tuple[str, ...] = ()
+
+    @property
+    def note(self) -> str | None:
+        """Why values are missing, and whether what is there can be compared; None if all is."""
+        parts = [absence(self.causes, self.asked, self.present)]
+        if self.unlike:
+            parts.append(
+                f"measured differently from most runs here ({', '.join(self.unlike)}): not "
+                "comparable with theirs"
+            )
+        return "; ".join(part for part in parts if part) or None
+
+
+def absence(causes: Sequence[str], asked: int, present: int) -> str | None:
+    """Why values are missing, and how many if only some are; None if none is."""
+    if present == asked:
+        return None
+    told = "; ".join(causes)
+    return f"{asked - present} of {asked} values missing: {told}" if present else told
+
+
+def estimates(
+    samples: Mapping[K, Sample],
+    center: Center = "mean",
+    places: Mapping[K, str | None] | None = None,
+) -> dict[K, Estimate]:
+    """The centre of each quantity's facts, with a 95% percentile-bootstrap interval.
+
+    Facts are resampled as in `interval`. Quantities over facts of the same relations share the
+    resamples, so that all their intervals come from one matrix product. Aggregates have a value and
+    no interval.
 
     Args:
-        rows: rows of one quantity; missing values are left out and counted in the note.
+        samples: the quantities.
         center: how facts are combined.
-        place: where the rows were read, to be told with the value.
+        places: where some of them were read, to be told with the value.
     """
-    present = [row for row in rows if row.value is not None]
-    note = _absence(rows)
-    if not present:
-        return Estimate(None, note=note or "not measured", place=place)
-    if all(row.fact_id is None for row in present):
-        value, n = _aggregate(present)
-        return Estimate(value, n=n, note=note, place=place)
-    found = facts_of(present).values()
-    values = np.array([value for value, _ in found])
-    low, high = interval(values, tuple(relation for _, relation in found), center)
-    return Estimate(_center(values, center), low, high, len(values), note, place)
+    alike: dict[Relations, list[K]] = {}
+    for key, sample in samples.items():
+        if len(sample.values):
+            alike.setdefault(sample.relations, []).append(key)
+    ends_of: dict[K, tuple[float, float] | tuple[None, None]] = {}
+    for relations, keys in alike.items():
+        for start in range(0, len(keys), _TOGETHER):
+            some = keys[start : start + _TOGETHER]
+            values = np.stack([samples[key].values for key in some])
+            ends_of |= zip(some, intervals(values, relations, center), strict=True)
+    places = places or {}
+    return {
+        key: _estimate(sample, center, ends_of.get(key, (None, None)), places.get(key))
+        for key, sample in samples.items()
+    }
+
+
+def _estimate(
+    sample: Sample,
+    center: Center,
+    ends: tuple[float, float] | tuple[None, None],
+    place: str | None,
+) -> Estimate:
+    if len(sample.values):
+        value = _center(sample.values, center)
+        low, high = ends
+        return Estimate(value, low, high, len(sample.values), sample.note, place)
+    if sample.aggregate:
+        value, n = sample.aggregate
+        return Estimate(value, n=n, note=sample.note, place=place)
+    return Estimate(None, note=sample.note or "not measured", place=place)
 
 
 def interval(
-    values: Floats, relations: tuple[str | None, ...], center: Center = "mean"
+    values: Floats, relations: Relations, center: Center = "mean"
 ) -> tuple[float, float] | tuple[None, None]:
     """95% percentile bootstrap over facts, seeded.
 
@@ -84,15 +160,27 @@ def interval(
     Returns:
         Both ends, or two Nones where nothing can vary: fewer than ten relations of one fact each.
     """
+    return intervals(values[None], relations, center)[0]
+
+
+def intervals(
+    values: Floats, relations: Relations, center: Center = "mean"
+) -> list[tuple[float, float] | tuple[None, None]]:
+    """`interval` of many quantities over the same facts, `[quantities, facts]`."""
     if not varies(relations):
-        return None, None
-    if np.ptp(values) == 0:
-        return float(values[0]), float(values[0])
+        return [(None, None)] * len(values)
     weights = resampling(relations)
-    return ends(weighted_mean(values, weights) if center == "mean" else _medians(values, weights))
+    if center == "mean":
+        drawn = weighted_means(values, weights)
+    else:
+        drawn = np.stack([_medians(row, weights) for row in values])
+    low, high = np.quantile(drawn, [0.025, 0.975], axis=1)
+    flat = np.ptp(values, axis=1) == 0
+    low, high = (np.where(flat, values[:, 0], end) for end in (low, high))
+    return [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
 
 
-def varies(relations: tuple[str | None, ...]) -> bool:
+def varies(relations: Relations) -> bool:
     """Whether a resample can differ: not with fewer than ten relations of one fact each."""
     distinct = len(set(relations))
     return distinct < len(relations) or distinct >= CLUSTERS
@@ -104,41 +192,12 @@ def ends(statistics: Floats) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def facts_of(rows: Sequence[Row]) -> dict[str, tuple[float, str | None]]:
-    """By fact, the mean of its values, and its relation; rows without either are left out."""
-    values: dict[str, list[float]] = {}
-    relations: dict[str, str | None] = {}
-    for row in rows:
-        if row.fact_id is not None and row.value is not None:
-            values.setdefault(row.fact_id, []).append(row.value)
-            relations[row.fact_id] = row.relation
-    return {fact: (float(np.mean(values[fact])), relations[fact]) for fact in sorted(values)}
-
-
-def _aggregate(rows: Sequence[Row]) -> tuple[float, int]:
-    """The rows' mean with weight n, and the sum of the weights."""
-    weights = [max(row.n, 1) for row in rows]
-    values = [row.value for row in rows if row.value is not None]
-    return float(np.average(values, weights=weights)), sum(weights)
-
-
-def _absence(rows: Sequence[Row]) -> str | None:
-    """Why values are missing: the rows' notes, and for how many facts if only for some."""
-    missing = [row for row in rows if row.value is None]
-    if not missing:
-        return None
-    causes = "; ".join(sorted({row.note or "no cause given" for row in missing}))
-    if len(missing) == len(rows):
-        return causes
-    return f"{len(missing)} of {len(rows)} values missing: {causes}"
-
-
 def _center(values: Floats, center: Center) -> float:
     return float(np.mean(values) if center == "mean" else np.median(values))
 
 
 @lru_cache(maxsize=8)
-def resampling(relations: tuple[str | None, ...]) -> Floats:
+def resampling(relations: Relations) -> Floats:
     """How often each resample holds each fact: [resamples, facts]."""
     generator = np.random.default_rng(_SEED)
     names, index = np.unique([name or "" for name in relations], return_inverse=True)
@@ -160,6 +219,12 @@ def _draw(generator: np.random.Generator, size: int) -> Floats:
 def weighted_mean(values: Floats, weights: Floats) -> Floats:
     """The mean `[resamples]` of values `[facts]` that each resample holds so often."""
     result: Floats = weights @ values / weights.sum(axis=1)
+    return result
+
+
+def weighted_means(values: Floats, weights: Floats) -> Floats:
+    """The same `[quantities, resamples]` of values `[quantities, facts]`."""
+    result: Floats = values @ weights.T / weights.sum(axis=1)
     return result
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from palimpsest.record.store import Run
+from palimpsest.record.results import Run
 
 Leaves = dict[str, Any]
 

@@ -4,19 +4,20 @@ A maximum over many places flatters the attacker: what it has over its own facts
 much the best of so many places gains by being chosen, which the bootstrap tells.
 """
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from palimpsest.record.row import Row
-from palimpsest.record.store import Run
+from palimpsest.record.results import Results, sql_text
+from palimpsest.record.row import UPSTREAM
+from palimpsest.study.comparable import compared
 from palimpsest.study.intervals import (
     Estimate,
     Floats,
+    Relations,
     ends,
     interval,
     resampling,
@@ -32,39 +33,79 @@ BUDGET = 20
 
 PROBES = ("frozen", "retrained", "adaptive", "frozen_mlp", "retrained_mlp")
 
-Place = tuple[str, int, str]
-"""An attack's or probe's protocol, the layer (-1 for a prompt) and the position."""
 
-
-@dataclass(frozen=True)
-class Reading:
-    """What one attack finds.
+class Place(NamedTuple):
+    """What was tried where.
 
     Attributes:
-        success: by fact, in [0, 1].
-        baseline: the mean of the same attack on objects that have nothing to do with the fact; for
-            probes the share of the most common object.
+        protocol: the attack's or probe's.
+        layer: of the state; None for a prompt.
+        position: of the state; empty for a prompt.
     """
 
-    success: Mapping[str, float]
-    baseline: float
+    protocol: str
+    layer: int | None
+    position: str
 
-    def corrected(self, facts: Sequence[str]) -> list[float]:
+    def __str__(self) -> str:
+        """In words."""
+        if self.layer is None or self.layer < 0:
+            return self.protocol
+        return f"{self.protocol}, layer {self.layer}, {self.position}"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What one attack finds of one run's target facts.
+
+    Attributes:
+        place: the attack, and where it reads.
+        facts: those with a value, sorted; none where no value could be had.
+        relations: `[facts]` their relations.
+        success: `[facts]` in [0, 1].
+        baseline: the mean of the same attack on objects that have nothing to do with the fact; for
+            probes the share of the most common object; None if it was not measured.
+        upstream: whether the change cannot reach it.
+        alike: whether it was configured as in most runs.
+    """
+
+    place: Place
+    facts: tuple[str, ...]
+    relations: Relations
+    success: Floats
+    baseline: float | None
+    upstream: bool
+    alike: bool
+
+    def corrected(self, facts: Sequence[str]) -> Floats:
         """(s − b) / (1 − b) of some facts: 0 is what finds nothing, 1 what always finds."""
-        if self.baseline >= 1:
-            return [0.0] * len(facts)
-        return [(self.success[fact] - self.baseline) / (1 - self.baseline) for fact in facts]
+        if self.baseline is None or self.baseline >= 1:
+            return np.zeros(len(facts))
+        success = self.success
+        if tuple(facts) != self.facts:
+            found = dict(zip(self.facts, self.success, strict=True))
+            success = np.array([found[fact] for fact in facts])
+        corrected: Floats = (success - self.baseline) / (1 - self.baseline)
+        return corrected
+
+    def of(self, facts: set[str]) -> "Reading":
+        """The same of some of the facts."""
+        kept = [place for place, fact in enumerate(self.facts) if fact in facts]
+        names = tuple(self.facts[place] for place in kept)
+        owners = tuple(self.relations[place] for place in kept)
+        return replace(self, facts=names, relations=owners, success=self.success[kept])
 
 
-def recoverable(run: Run) -> Estimate:
-    """The index in [0, 1], chance-corrected, with an interval over facts.
+def recoverable(results: Results) -> dict[str, Estimate]:
+    """By run the index in [0, 1], chance-corrected, with an interval over facts.
 
     States count at or after the change only; of an unchanged model all do.
     """
-    return _index(_strongest(run, _reached(run)))
+    found = readings(results)
+    return {run.run_id: _index(_reached(found.get(run.run_id, ()))) for run in results.runs}
 
 
-def recoverable_beyond(run: Run, other: Run) -> Estimate:
+def recoverable_beyond(results: Results, run_id: str, other: str) -> Estimate:
     """By how much the index of one run exceeds another's, like for like and fact by fact.
 
     Both sides are asked in words and at the layers and positions that count for both, and of the
@@ -72,21 +113,23 @@ def recoverable_beyond(run: Run, other: Run) -> Estimate:
     it, less its optimism, and at least 0. The interval is over facts, each with its value on both
     sides.
     """
-    rows = [_reached(each) for each in (run, other)]
-    shared = set.intersection(*({_place(row)[1:] for row in some} for some in rows))
-    alike = [[row for row in some if _place(row)[1:] in shared] for some in rows]
-    first, second = (_strongest(each, some) for each, some in zip((run, other), alike, strict=True))
-    for side in (first, second):
-        if isinstance(side, Estimate):
-            return side
+    found = readings(results)
+    sides = [_reached(found.get(each, ())) for each in (run_id, other)]
+    if not all(reading.alike for side in sides for reading in side):
+        return Estimate(None, note=UNLIKE)
+    shared = set.intersection(*({reading.place[1:] for reading in side} for side in sides))
+    alike = [[reading for reading in side if reading.place[1:] in shared] for side in sides]
+    first, second = map(_strongest, alike)
+    for best in (first, second):
+        if isinstance(best, Estimate):
+            return best
     assert isinstance(first, Best)
     assert isinstance(second, Best)
     common = {*first.facts} & {*second.facts}
     lacking = len({*first.facts} | {*second.facts}) - len(common)
     if not lacking:
         return _beyond(first, second)
-    kept = [[row for row in some if row.fact_id in common] for some in alike]
-    first, second = (_strongest(each, some) for each, some in zip((run, other), kept, strict=True))
+    first, second = (_strongest([reading.of(common) for reading in side]) for side in alike)
     if isinstance(first, Estimate) or isinstance(second, Estimate):
         return Estimate(None, note=f"fewer than {LEAST} facts have a value on both sides")
     return replace(_beyond(first, second), note=left_out(lacking))
@@ -109,31 +152,40 @@ def _beyond(first: "Best", second: "Best") -> Estimate:
     return Estimate(float(value), low, high, len(first.facts), place=place)
 
 
-def profile(run: Run) -> dict[str, Estimate]:
-    """The same index of the places of each zone by themselves, by its name in `ZONES`.
+def profiles(results: Results) -> dict[str, dict[str, Estimate]]:
+    """By run the same index of the places of each zone by themselves, by its name in `ZONES`.
 
     Zones without places are left out; of an unchanged model there are none.
     """
-    rows = successes(run)
-    reached = [row.layer for row in rows if row.layer is not None and not row.upstream]
-    if not reached:
+    return {run_id: _profile(some) for run_id, some in readings(results).items()}
+
+
+def _profile(found: Sequence[Reading]) -> dict[str, Estimate]:
+    reached = [r for r in found if len(r.facts) and not r.upstream]
+    states = [r.place.layer for r in reached if r.place.layer is not None]
+    if not states:
         return {}
-    zones: dict[str, list[Row]] = {zone: [] for zone in ZONES}
-    for row in rows:
-        zones[_zone(row, min(reached))].append(row)
-    return {zone: _index(_strongest(run, some)) for zone, some in zones.items() if some}
+    zones: dict[str, list[Reading]] = {zone: [] for zone in ZONES}
+    for reading in found:
+        if len(reading.facts):
+            zones[_zone(reading, min(states))].append(reading)
+    return {zone: _index(some) for zone, some in zones.items() if some}
 
 
 ZONES = ("upstream, unchanged by construction", "at the site", "downstream", "prompts")
 """Where the change cannot reach; the first measured layer that it reaches; above; in words."""
 
 
-def _zone(row: Row, site: int) -> str:
-    if row.layer is None:
+def _zone(reading: Reading, site: int) -> str:
+    if reading.place.layer is None:
         return ZONES[3]
-    if row.upstream:
+    if reading.upstream:
         return ZONES[0]
-    return ZONES[1] if row.layer == site else ZONES[2]
+    return ZONES[1] if reading.place.layer == site else ZONES[2]
+
+
+UNLIKE = "measured differently from most runs here: not comparable"
+"""What is said in place of a comparison of values that are not comparable."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +202,7 @@ class Best:
 
     place: str
     facts: tuple[str, ...]
-    owners: tuple[str | None, ...]
+    owners: Relations
     values: Floats
     optimism: float
 
@@ -159,39 +211,40 @@ class Best:
         return np.maximum(0.0, found - self.optimism)
 
 
-def _reached(run: Run) -> list[Row]:
-    """Successes at or after the change; if it is at none of the measured states, all."""
-    rows = successes(run)
-    reached = [row for row in rows if not row.upstream]
-    return reached if any(row.layer is not None for row in reached) else rows
+def _reached(found: Sequence[Reading]) -> Sequence[Reading]:
+    """Places at or after the change; if it is at none of the measured states, all."""
+    reached = [reading for reading in found if not reading.upstream]
+    return reached if any(reading.place.layer is not None for reading in reached) else found
 
 
-def _index(best: Best | Estimate) -> Estimate:
+def _index(found: Sequence[Reading]) -> Estimate:
     """What the best of the attacks finds, less what a best of so many finds by chance."""
+    best = _strongest(found)
     if isinstance(best, Estimate):
         return best
-    found = (best.values.mean(), *interval(best.values, best.owners))
-    value, low, high = (None if x is None else float(best.index(x)) for x in found)
-    return Estimate(value, low, high, len(best.facts), place=best.place)
+    numbers = (best.values.mean(), *interval(best.values, best.owners))
+    value, low, high = (None if x is None else float(best.index(x)) for x in numbers)
+    note = None if all(reading.alike for reading in found) else UNLIKE
+    return Estimate(value, low, high, len(best.facts), note, best.place)
 
 
-def _strongest(run: Run, rows: Sequence[Row]) -> Best | Estimate:
+def _strongest(found: Sequence[Reading]) -> Best | Estimate:
     """The attack that finds most; or no value, and why."""
-    readings = attacks(run, rows)
-    if not readings:
+    most = max((len(reading.facts) for reading in found), default=0)
+    usable = [r for r in found if r.baseline is not None and len(r.facts) == most and most]
+    if not usable:
         return Estimate(None, note="no attacks were measured")
-    relations = {str(row.fact_id): row.relation for row in rows}
-    facts = tuple(sorted(set.intersection(*(set(each.success) for each in readings.values()))))
+    facts = tuple(sorted(set.intersection(*(set(reading.facts) for reading in usable))))
     if len(facts) < LEAST:
         return Estimate(None, n=len(facts), note=f"fewer than {LEAST} facts with a value")
+    relations = dict(zip(usable[0].facts, usable[0].relations, strict=True))
     owners = tuple(relations[fact] for fact in facts)
-    places = list(readings)
-    table = np.array([readings[place].corrected(facts) for place in places])
+    table = np.array([reading.corrected(facts) for reading in usable])
     best = int(table.mean(1).argmax())
-    return Best(_named(places[best]), facts, owners, table[best], optimism(table, owners))
+    return Best(str(usable[best].place), facts, owners, table[best], optimism(table, owners))
 
 
-def optimism(table: Floats, relations: tuple[str | None, ...]) -> float:
+def optimism(table: Floats, relations: Relations) -> float:
     """By how much the best of several means flatters (Efron 1983, doi 10.2307/2288636).
 
     In a resample of the facts the best place is chosen; what it has there, less what the same place
@@ -210,43 +263,68 @@ def optimism(table: Floats, relations: tuple[str | None, ...]) -> float:
     return float((means.max(1) - whole[means.argmax(1)] - drawn).mean())
 
 
-def attacks(run: Run, rows: Sequence[Row]) -> dict[Place, Reading]:
-    """Everything that was tried: what some rows tell of its success, and its baseline."""
-    hits: dict[Place, dict[str, float]] = defaultdict(dict)
-    chances: dict[Place, list[float]] = defaultdict(list)
-    for row in rows:
-        if row.value is not None:
-            hits[_place(row)][str(row.fact_id)] = row.value
-    for row in run.rows:
-        if row.metric == "attack_baseline" and row.budget == BUDGET and row.value is not None:
-            chances[_place(row)].append(row.value)
-    guess = [row.value for row in run.select("probe_baseline", "majority")]
-    for place in hits:
-        if place[0] in PROBES:
-            chances[place] = [value for value in guess if value is not None]
-    most = max((len(found) for found in hits.values()), default=0)
-    return {
-        place: Reading(found, fmean(chances[place]))
-        for place, found in hits.items()
-        if chances[place] and len(found) == most
-    }
+@lru_cache(maxsize=2)
+def readings(results: Results) -> dict[str, tuple[Reading, ...]]:
+    """By run everything that was tried on its target facts: attacks at the budget, and probes."""
+    compared(results)
+    chances, guesses = _chances(results), _guesses(results)
+    found: dict[str, list[Reading]] = {}
+    for run_id, protocol, layer, position, upstream, alike, facts, owners, success in results.query(
+        _SUCCESSES
+    ):
+        place = Place(protocol, layer, position)
+        chance = guesses.get(run_id) if protocol in PROBES else chances.get((run_id, place))
+        reading = Reading(
+            place,
+            tuple(facts or ()),
+            tuple(owners or ()),
+            np.array(success or [], dtype=np.float64),
+            chance,
+            upstream,
+            alike,
+        )
+        found.setdefault(run_id, []).append(reading)
+    return {run_id: tuple(some) for run_id, some in found.items()}
 
 
-def successes(run: Run) -> list[Row]:
-    """Rows of attacks at the budget, and of probes, on target facts."""
-    return [row for row in run.rows if row.split == "target" and _is_success(row)]
+_PLACE = "run_id, protocol, layer, coalesce(position, '') AS position"
+_VALUED = "FILTER (value IS NOT NULL)"
+_SUCCESSES = f"""WITH found AS (
+    SELECT {_PLACE}, metric, fact_id, last(relation ORDER BY prompt_id, step) AS relation,
+        last(value ORDER BY prompt_id NULLS FIRST, step NULLS FIRST) {_VALUED} AS value,
+        first(prompt_id ORDER BY prompt_id NULLS FIRST) {_VALUED} AS prompt,
+        bool_and(contains(coalesce(note, ''), {sql_text(UPSTREAM)})) {_VALUED} AS upstream,
+        bool_and(alike) AS alike
+    FROM compared
+    WHERE split = 'target' AND fact_id IS NOT NULL AND (
+        (metric = 'attack_success' AND budget = {BUDGET})
+        OR (metric = 'probe_accuracy' AND protocol IN {PROBES!r})
+    )
+    GROUP BY ALL
+)
+SELECT run_id, protocol, layer, position, coalesce(bool_and(upstream), false), bool_and(alike),
+    list(fact_id ORDER BY fact_id) {_VALUED}, list(relation ORDER BY fact_id) {_VALUED},
+    list(value ORDER BY fact_id) {_VALUED}
+FROM found GROUP BY run_id, protocol, layer, position, metric
+ORDER BY run_id, metric, protocol, min(fact_id) {_VALUED},
+    first(prompt ORDER BY fact_id) {_VALUED} NULLS FIRST, layer NULLS FIRST, position"""
+"""A record for each place, in the order of the rows."""
 
 
-def _is_success(row: Row) -> bool:
-    if row.metric == "attack_success":
-        return row.budget == BUDGET
-    return row.metric == "probe_accuracy" and row.protocol in PROBES
+def _chances(results: Results) -> dict[tuple[str, Place], float]:
+    """What each attack finds of objects that have nothing to do with the fact."""
+    records = results.query(
+        f"SELECT {_PLACE}, favg(value) FROM compared WHERE metric = 'attack_baseline' "
+        f"AND budget = {BUDGET} AND value IS NOT NULL GROUP BY ALL"
+    )
+    return {(run_id, Place(*place)): value for run_id, *place, value in records}
 
 
-def _place(row: Row) -> Place:
-    return row.protocol, -1 if row.layer is None else row.layer, row.position or ""
-
-
-def _named(place: Place) -> str:
-    protocol, layer, position = place
-    return protocol if layer < 0 else f"{protocol}, layer {layer}, {position}"
+def _guesses(results: Results) -> dict[str, float]:
+    """The share of the most common object."""
+    return dict(
+        results.query(
+            "SELECT run_id, favg(value) FROM compared WHERE metric = 'probe_baseline' "
+            "AND protocol = 'majority' AND value IS NOT NULL GROUP BY ALL"
+        )
+    )

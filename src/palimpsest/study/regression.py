@@ -12,6 +12,7 @@ import numpy as np
 from scipy.special import fdtrc
 
 from palimpsest.study.intervals import Estimate, Floats, resampling
+from palimpsest.study.ranks import repeated, spearman
 
 Verdict = Literal["undecided", "adds nothing that matters", "adds"]
 """Whether the effect tells more of an edit's success than the layer does."""
@@ -53,7 +54,7 @@ class Observation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Study:
+class Regressions:
     """What layer and effect tell of success, as R² in the sample.
 
     Intervals are those of `intervals.interval`: a fact is resampled with all its layers. Where
@@ -135,7 +136,7 @@ class _Squares:
         return _Squares(self.xx.sum(axis=1), self.xy.sum(axis=1), self.yy.sum(axis=1))
 
 
-def study(observations: Sequence[Observation], margin: float = MARGIN) -> Study:
+def regress(observations: Sequence[Observation], margin: float = MARGIN) -> Regressions:
     """Regress success on layer and effect.
 
     Args:
@@ -155,7 +156,7 @@ def study(observations: Sequence[Observation], margin: float = MARGIN) -> Study:
     ceiling, spread = float(np.mean(success >= CEILING)), float(np.std(success))
     cause = _undecidable(n_facts, ceiling, spread, bool(within.xx[0].any()))
     verdict, reason = _verdict(corrected, margin, cause)
-    return Study(
+    return Regressions(
         n_facts=n_facts,
         n_layers=len(grid.layers),
         n=len(observations),
@@ -176,7 +177,7 @@ def _grid(observations: Sequence[Observation]) -> _Grid:
     """Facts and layers in order.
 
     Raises:
-        ValueError: see `study`.
+        ValueError: see `regress`.
     """
     found = {(each.fact_id, each.layer): each for each in observations}
     relations = {each.fact_id: each.relation for each in observations}
@@ -311,18 +312,8 @@ def _correlations(samples: Floats, grid: _Grid) -> dict[int, Estimate]:
 
 
 def _rank_correlation(samples: Floats, x: Floats, y: Floats) -> Floats:
-    """Spearman's, NaN where one is constant: [samples]."""
-    x, y = _ranks(samples, x), _ranks(samples, y)
-    xx, xy, yy = (np.sum(samples * term, axis=1) for term in (x * x, x * y, y * y))
-    return _share(xy, np.sqrt(xx) * np.sqrt(yy)).clip(-1, 1)
-
-
-def _ranks(samples: Floats, values: Floats) -> Floats:
-    """Mid-ranks of the facts in every sample, about the middle rank: [samples, facts]."""
-    column = values[:, None]
-    above = (column < values) + 0.5 * (column == values)
-    result: Floats = samples @ above - samples.sum(axis=1, keepdims=True) / 2
-    return result
+    """Spearman's over the facts that each sample holds, NaN where one is constant: [samples]."""
+    return spearman(*(repeated(samples, values) for values in (x, y)))
 
 
 def _estimate(samples: Floats, n: int, note: str, place: str | None = None) -> Estimate:

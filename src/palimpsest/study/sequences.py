@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from palimpsest.record.store import Run
-from palimpsest.study.columns import rows_of
-from palimpsest.study.intervals import Estimate, estimate
-from palimpsest.study.summary import Summary
+from palimpsest.record.results import Results, sql_text
+from palimpsest.study.columns import NOT_MEASURED
+from palimpsest.study.comparable import compared, model_of
+from palimpsest.study.intervals import Estimate, estimates
+from palimpsest.study.samples import picked, samples
+from palimpsest.study.summary import Summary, summarise
 
 FIRST = 10
 """As many of the first edits are followed to see what is retained of them."""
@@ -133,15 +135,28 @@ class Course:
         return next((stage for stage in self.stages if stage.step == step), None)
 
 
-def courses(summaries: Sequence[Summary]) -> list[Course]:
+def courses(results: Results) -> list[Course]:
     """The runs that were measured along their edits, and the unchanged model beside them.
 
     Empty if there is no such run. The unchanged model is shown where it is of the same model.
     """
-    edited = [course for summary in summaries if (course := _course(summary))]
-    unchanged = [s for s in summaries if s.method == "none"]
-    beside = [course for summary in unchanged if (course := _reference(summary, edited))]
-    return beside + edited
+    edited = _edited(results)
+    if not edited:
+        return []
+    beside = _beside(results, edited)
+    _prepare(results, edited, beside)
+    values = _values(results)
+    summaries = {summary.run.run_id: summary for summary in summarise(results)}
+    shown = [(run_id, stages, True) for run_id, stages in beside.items()]
+    shown += [(run_id, edited[run_id], False) for run_id in summaries if run_id in edited]
+    return [
+        Course(
+            summaries[run_id],
+            tuple(_stage(values, run_id, step, facts) for step, facts in sorted(stages.items())),
+            reference,
+        )
+        for run_id, stages, reference in shown
+    ]
 
 
 def columns(shown: Sequence[Course]) -> list[int | None]:
@@ -180,43 +195,110 @@ def _gaps(course: Course) -> list[str]:
     ]
 
 
-def _course(summary: Summary) -> Course | None:
-    facts: dict[int, set[str]] = {}
-    for row in summary.run.select("efficacy", "probability"):
-        if row.step is not None and row.fact_id is not None:
-            facts.setdefault(row.step, set()).add(row.fact_id)
-    stages = [_stage(summary.run, s, s, edited, facts) for s, edited in sorted(facts.items())]
-    return Course(summary, tuple(stages)) if stages else None
+Stages = Mapping[int, frozenset[str]]
+"""By number of edits so far, the facts that were edited."""
 
 
-def _reference(unchanged: Summary, edited: Sequence[Course]) -> Course | None:
-    """The unchanged model on the facts of the run that shares the most stages with it."""
-    same = [c for c in edited if _model(c.summary) == _model(unchanged)]
-    known = {row.fact_id for row in unchanged.run.select("efficacy", "probability")}
-    if not same or any(c.summary is unchanged for c in edited):
-        return None
-    beside = max(same, key=lambda c: sum(stage.facts <= known for stage in c.stages))
-    facts = {s.step: set(s.facts if s.facts <= known else ()) for s in beside.stages}
-    stages = [_stage(unchanged.run, None, step, asked, facts) for step, asked in facts.items()]
-    return Course(unchanged, tuple(stages), reference=True)
+def _edited(results: Results) -> dict[str, Stages]:
+    """By run the facts edited so far, of runs that were measured along their edits."""
+    compared(results)
+    records = results.query(
+        "SELECT run_id, step, list(DISTINCT fact_id) FROM compared WHERE metric = 'efficacy' "
+        "AND protocol = 'probability' AND step IS NOT NULL AND fact_id IS NOT NULL "
+        "GROUP BY ALL ORDER BY ALL"
+    )
+    found: dict[str, dict[int, frozenset[str]]] = {}
+    known = {summary.run.run_id for summary in summarise(results)}
+    for run_id, step, facts in records:
+        if run_id in known:
+            found.setdefault(run_id, {})[step] = frozenset(facts)
+    return dict(found)
 
 
-def _model(summary: Summary) -> Any:
-    model = summary.run.run.get("model")
-    return model.get("fingerprint") if isinstance(model, Mapping) else model
+def _beside(results: Results, edited: Mapping[str, Stages]) -> dict[str, Stages]:
+    """By run of the unchanged model the stages of the run that shares the most with it.
+
+    A stage is empty where the unchanged model was not asked of all its facts.
+    """
+    asked = {
+        run_id: frozenset(facts)
+        for run_id, facts in results.query(
+            "SELECT run_id, list(DISTINCT fact_id) FROM compared WHERE metric = 'efficacy' "
+            "AND protocol = 'probability' AND fact_id IS NOT NULL GROUP BY ALL"
+        )
+    }
+    beside: dict[str, Stages] = {}
+    for summary in summarise(results):
+        unchanged, known = summary.run, asked.get(summary.run.run_id, frozenset())
+        same = [
+            edited[each.run.run_id]
+            for each in summarise(results)
+            if each.run.run_id in edited and model_of(each.run) == model_of(unchanged)
+        ]
+        if summary.method == "none" and same and unchanged.run_id not in edited:
+            nearest = max(same, key=lambda stages: _shared(stages, known))
+            beside[unchanged.run_id] = {
+                step: facts if facts <= known else frozenset() for step, facts in nearest.items()
+            }
+    return beside
+
+
+def _shared(stages: Stages, known: frozenset[str]) -> int:
+    return sum(facts <= known for facts in stages.values())
+
+
+_NONE = "(NULL::VARCHAR, 0, NULL::VARCHAR, false)"
+
+
+def _prepare(results: Results, edited: Mapping[str, Stages], beside: Mapping[str, Stages]) -> None:
+    """Tables of the stages, of the facts that count in each, and of which are the first ones."""
+    stages, facts = [], []
+    for runs, going in ((edited, True), (beside, False)):
+        for run_id, by_step in runs.items():
+            first = {f for step, some in by_step.items() if step <= FIRST for f in some}
+            for step, some in by_step.items():
+                stages.append(f"({sql_text(run_id)}, {step}, {step if going else 'NULL::INTEGER'})")
+                facts += [
+                    f"({sql_text(run_id)}, {step}, {sql_text(f)}, {f in first})" for f in some
+                ]
+    results.query(
+        "CREATE OR REPLACE TEMP TABLE stages AS SELECT * FROM "
+        f"(VALUES {', '.join(stages)}) AS v (run_id, stage, at)"
+    )
+    results.query(
+        "CREATE OR REPLACE TEMP TABLE edited AS SELECT * FROM "
+        f"(VALUES {', '.join(facts) or _NONE}) AS v (run_id, stage, fact_id, early)"
+    )
+
+
+def _values(results: Results) -> dict[tuple[str, int, int], Estimate]:
+    """By run, place in MEASURES and stage."""
+    listed = ", ".join(
+        f"({place}, {sql_text(m.rows[0])}, {sql_text(m.rows[1])}, {sql_text(m.prompt)}, {m.first})"
+        for place, m in enumerate(MEASURES)
+    )
+    # one score over all facts says nothing of some of them
+    condition = """budget IS NULL AND starts_with(coalesce(prompt_id, ''), q.prompt)
+        AND step IS NOT DISTINCT FROM at AND NOT (at IS NULL AND q.metric = 'score')
+        AND (compared.fact_id IS NULL OR (early IS NOT NULL AND (early OR NOT first)))"""
+    found = f"""SELECT * REPLACE (NULL::INTEGER AS step) FROM ({
+        picked(condition, "item", "stages.stage")
+    })"""
+    joined = f"""FROM compared JOIN (VALUES {listed}) AS q (item, metric, protocol, prompt, first)
+        ON compared.metric = q.metric AND compared.protocol = q.protocol
+        JOIN stages ON compared.run_id = stages.run_id
+        LEFT JOIN edited ON edited.run_id = compared.run_id AND edited.stage = stages.stage
+            AND edited.fact_id = compared.fact_id"""
+    rows = found.replace("FROM compared", joined).replace("SELECT run_id", "SELECT compared.run_id")
+    rows = rows.replace(" fact_id,", " compared.fact_id,")
+    return dict(estimates(samples(results, rows, ["item", "stage"])))
 
 
 def _stage(
-    run: Run, at: int | None, step: int, edited: set[str], facts: Mapping[int, set[str]]
+    values: Mapping[tuple[str, int, int], Estimate], run_id: str, step: int, facts: frozenset[str]
 ) -> Stage:
-    """The rows whose step is `at`, over the facts edited so far, or over the first of them."""
-    first = {fact for k, some in facts.items() if k <= FIRST for fact in some} & edited
-    values = {m.key: _value(run, m, at, first if m.first else edited) for m in MEASURES}
-    return Stage(step, frozenset(edited), values)
-
-
-def _value(run: Run, measure: Measure, at: int | None, facts: set[str]) -> Estimate:
-    rows = rows_of(*measure.rows, measure.prompt, step=at)(run)
-    if at is None and measure.metric == "score":
-        rows = []  # one value over all facts, which says nothing of some of them
-    return estimate([row for row in rows if row.fact_id is None or row.fact_id in facts])
+    found = {
+        measure.key: values.get((run_id, place, step), NOT_MEASURED)
+        for place, measure in enumerate(MEASURES)
+    }
+    return Stage(step, facts, found)

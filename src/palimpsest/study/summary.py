@@ -2,15 +2,21 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
-from palimpsest.record.row import Row
-from palimpsest.record.store import Run
-from palimpsest.study.columns import HEADLINE, last_step
-from palimpsest.study.intervals import Estimate, estimate
+from palimpsest.record.results import Results, Run
+from palimpsest.study.columns import NOT_MEASURED, headline
+from palimpsest.study.comparable import compared
+from palimpsest.study.intervals import Estimate, estimates
 from palimpsest.study.labels import labels
-from palimpsest.study.recoverable import ZONES, profile
+from palimpsest.study.recoverable import ZONES, profiles
+from palimpsest.study.samples import picked, samples
+from palimpsest.study.table import Cell, Line
+
+TRACE = "trace"
+"""The method of runs that traced facts instead of changing them."""
 
 
 @dataclass(frozen=True)
@@ -51,20 +57,33 @@ class Summary:
         count = f"{len(self.failed):,} of {self.n_facts:,} facts failed"
         return f"{count} ({causes}). They are in no value, and n counts the others."
 
+    def line(self, *cells: Cell, note: bool = False) -> Line:
+        """A line of a table about the run: its label, and then some cells.
 
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One layer of a curve.
+        Args:
+            cells: one for each further heading.
+            note: whether the label has a footnote on the facts that the method failed on.
+        """
+        gate = ("oracle gate: it was told where the subject stands or which prompts matter",)
+        told = note and bool(self.failed)
+        return Line(
+            (self.label, *cells),
+            control_of=self.imitates,
+            unchanged=self.method == "none",
+            small=(f"scope: {', '.join(self.scopes)}", *(gate if self.oracle_gate else ())),
+            note=f"{self.label}: {self.failure}" if told else "",
+            causes="; ".join(sorted(set(self.failed.values()))) if told else "",
+        )
 
-    Attributes:
-        layer: the block after which the state was read; -1 is the embedding output.
-        estimate: the value there.
-        upstream: whether the change cannot reach it.
-    """
 
-    layer: int
-    estimate: Estimate
-    upstream: bool
+@dataclass(frozen=True)
+class _About:
+    """What all rows of a run say together."""
+
+    n_facts: int = 0
+    scopes: tuple[str, ...] = ()
+    oracle_gate: bool = False
+    failed: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,78 +105,132 @@ class Detail:
     values: tuple[Estimate | None, ...]
 
 
-def summarise(runs: Sequence[Run]) -> list[Summary]:
-    """One summary per run: `none` first, then methods by label, each followed by its controls."""
+@lru_cache(maxsize=2)
+def summarise(results: Results) -> tuple[Summary, ...]:
+    """One summary per run that changed a model, in reading order.
+
+    `none` first, then methods by label, each followed by its controls.
+    """
+    runs = [run for run in results.runs if run.method != TRACE]
     named = list(zip(runs, labels(runs), strict=True))
-    summaries = [_summary(run, label, named) for run, label in named]
-    return sorted(summaries, key=_reading_order)
-
-
-def curve(rows: Sequence[Row]) -> list[Point]:
-    """The values of a quantity by layer; layers without any value are left out."""
-    layers: dict[int, list[Row]] = {}
-    for row in last_step(rows):
-        if row.layer is not None:
-            layers.setdefault(row.layer, []).append(row)
-    points = [
-        Point(layer, estimate(found), all(row.upstream for row in found if row.value is not None))
-        for layer, found in sorted(layers.items())
+    numbers, about = headline(results), _about(results)
+    summaries = [
+        _summary(
+            run,
+            _imitated(run, named),
+            label,
+            about.get(run.run_id, _About()),
+            {key: found.get(run.run_id, NOT_MEASURED) for key, found in numbers.items()},
+        )
+        for run, label in named
     ]
-    return [point for point in points if point.estimate.value is not None]
+    return tuple(sorted(summaries, key=_reading_order))
 
 
-def details(summaries: Sequence[Summary]) -> list[Detail]:
+def details(results: Results) -> list[Detail]:
     """Every measured quantity that is not a curve over layers, averaged over facts.
 
     What is recoverable, zone by zone, leads them.
     """
-    tables = [_quantities(summary.run) for summary in summaries]
     order = {axis: place for place, axis in enumerate(_AXES)}
-    keys = sorted({key for table in tables for key in table}, key=lambda k: (order[k[0]], k))
+    found = estimates(samples(results, _quantities(results), _QUANTITY))
+    keys = sorted({key[1:] for key in found}, key=lambda key: (order[key[0]], key))
+    runs = [summary.run.run_id for summary in summarise(results)]
     measured = [
-        Detail(*key, tuple(estimate(t[key]) if key in t else None for t in tables)) for key in keys
+        Detail(
+            axis,
+            metric,
+            protocol,
+            place,
+            tuple(found.get((run, axis, metric, protocol, place)) for run in runs),
+        )
+        for axis, metric, protocol, place in keys
     ]
-    return [*_profiles(summaries), *measured]
+    return [*_profiles(results, runs), *measured]
 
 
-def _profiles(summaries: Sequence[Summary]) -> Iterator[Detail]:
+def _profiles(results: Results, runs: Sequence[str]) -> Iterator[Detail]:
     """What is recoverable upstream of each run's change, at its site, downstream, and by asking."""
-    found = [profile(summary.run) for summary in summaries]
+    found = profiles(results)
     for zone in ZONES:
-        if any(zone in each for each in found):
-            values = tuple(each.get(zone) for each in found)
+        values = tuple(found.get(run, {}).get(zone) for run in runs)
+        if any(values):
             yield Detail("recoverability", "recoverable_old", "index", zone, values)
 
 
 _AXES = ("downstream", "recoverability", "consistency", "localization", "cost")
-_QuantityKey = tuple[str, str, str, str]
+_QUANTITY = ("axis", "metric", "protocol", "place")
 
 
-def _summary(run: Run, label: str, named: Sequence[tuple[Run, str]]) -> Summary:
+def _quantities(results: Results) -> str:
+    """Rows that are no curves, by what they measure; several layers of a metric stay apart."""
+    compared(results)
+    return f"""WITH flat AS (
+        SELECT *, split_part(coalesce(prompt_id, ''), '/', 1) AS kind FROM compared
+        WHERE axis = 'cost' OR (layer IS NULL AND position IS NULL)
+    ), layers AS (
+        SELECT run_id, metric, count(DISTINCT coalesce(layer, -9)) > 1 AS several FROM flat
+        GROUP BY ALL
+    ), placed AS (
+        SELECT flat.*, concat_ws(', ', nullif(split, ''),
+            nullif(if(kind = 'fit', 'fit prompt, in-sample', kind), ''),
+            if(several AND layer IS NOT NULL, 'layer ' || layer, NULL),
+            'budget ' || budget) AS place
+        FROM flat JOIN layers USING (run_id, metric)
+    )
+    {picked("true", *_QUANTITY).replace("compared", "placed")}"""
+
+
+def _about(results: Results) -> dict[str, _About]:
+    """By run what its rows say of its facts, its scopes, its gate and what it failed on."""
+    failed = _failed(results)
+    records = results.query(
+        "SELECT run_id, list(DISTINCT scope), bool_or(contains(coalesce(note, ''), 'oracle_gate')),"
+        " count(DISTINCT fact_id) FILTER (split = 'target') FROM rows GROUP BY run_id"
+    )
+    return {
+        run_id: _About(n_facts, tuple(sorted(scopes)), gate, failed.get(run_id, {}))
+        for run_id, scopes, gate, n_facts in records
+    }
+
+
+def _failed(results: Results) -> dict[str, dict[str, str]]:
+    """By run the target facts of which nothing downstream has a value, with the cause."""
+    compared(results)
+    condition = "axis = 'downstream' AND split = 'target'"
+    causes: dict[str, dict[str, str]] = {}
+    for run_id, fact, cause in results.query(
+        f"""WITH found AS (SELECT * FROM compared WHERE {condition}),
+        ends AS (
+            SELECT run_id, CASE WHEN count(*) = count(step) THEN max(step) END AS ending
+            FROM found GROUP BY ALL
+        )
+        SELECT run_id, fact_id, last(note ORDER BY metric, protocol, prompt_id NULLS FIRST)
+        FROM found JOIN ends USING (run_id)
+        WHERE fact_id IS NOT NULL AND step IS NOT DISTINCT FROM ending
+        GROUP BY ALL HAVING count(value) = 0 ORDER BY ALL"""
+    ):
+        causes.setdefault(run_id, {})[fact] = cause or "no cause given"
+    return causes
+
+
+def _summary(
+    run: Run,
+    imitates: str | None,
+    label: str,
+    about: _About,
+    values: Mapping[str, Estimate],
+) -> Summary:
     return Summary(
         run=run,
         label=label,
-        n_facts=_n_facts(run),
-        failed=_failed(run),
-        imitates=_imitated(run, named),
-        scopes=tuple(sorted({row.scope for row in run.rows})),
-        oracle_gate=any(row.note is not None and "oracle_gate" in row.note for row in run.rows),
-        values={column.key: column.read(run) for column in HEADLINE},
+        n_facts=about.n_facts or len(run.facts),
+        failed=about.failed,
+        imitates=imitates,
+        scopes=about.scopes,
+        oracle_gate=about.oracle_gate,
+        values=values,
     )
-
-
-def _n_facts(run: Run) -> int:
-    targets = {row.fact_id for row in run.rows if row.split == "target" and row.fact_id is not None}
-    return len(targets) or len(run.facts)
-
-
-def _failed(run: Run) -> dict[str, str]:
-    """The target facts of which nothing downstream has a value, with the cause."""
-    targets = [r for r in run.rows if r.axis == "downstream" and r.split == "target"]
-    rows = [r for r in last_step(targets) if r.fact_id is not None]
-    measured = {r.fact_id for r in rows if r.value is not None}
-    missing = {str(r.fact_id): r.note for r in rows if r.fact_id not in measured}
-    return {fact: note or "no cause given" for fact, note in missing.items()}
 
 
 def _imitated(run: Run, named: Sequence[tuple[Run, str]]) -> str | None:
@@ -181,26 +254,3 @@ def _natural(label: str) -> list[tuple[bool, float, str]]:
     """A key that sorts the numbers in a label by size."""
     parts = re.split(r"(\d+(?:\.\d+)?)", label)
     return [(bool(i % 2), float(p) if i % 2 else 0.0, p) for i, p in enumerate(parts)]
-
-
-def _quantities(run: Run) -> dict[_QuantityKey, list[Row]]:
-    """A run's rows that are no curves, by what they measure; several layers stay apart."""
-    rows = [r for r in run.rows if r.axis == "cost" or (r.layer is None and r.position is None)]
-    layers: dict[str, set[int | None]] = {}
-    for row in rows:
-        layers.setdefault(row.metric, set()).add(row.layer)
-    found: dict[_QuantityKey, list[Row]] = {}
-    for row in rows:
-        found.setdefault(_quantity(row, len(layers[row.metric]) > 1), []).append(row)
-    return {key: last_step(group) for key, group in found.items()}
-
-
-def _quantity(row: Row, by_layer: bool) -> _QuantityKey:
-    kind = (row.prompt_id or "").partition("/")[0]
-    parts = [
-        row.split,
-        "fit prompt, in-sample" if kind == "fit" else kind,
-        f"layer {row.layer}" if by_layer and row.layer is not None else None,
-        f"budget {row.budget}" if row.budget is not None else None,
-    ]
-    return (row.axis, row.metric, row.protocol, ", ".join(part for part in parts if part))

@@ -5,19 +5,21 @@ brings back of the true object's probability; its average over facts (AIE) is to
 positions and each layer.
 """
 
-import csv
-import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from palimpsest.record.row import Row
-from palimpsest.record.store import Run
-from palimpsest.study.intervals import Estimate, Floats, estimate
+from palimpsest.record.results import Results, Run, sql_text
+from palimpsest.study.columns import NOT_MEASURED
+from palimpsest.study.comparable import compared
+from palimpsest.study.intervals import Estimate, Floats
 from palimpsest.study.labels import labels
+from palimpsest.study.samples import measured
+from palimpsest.study.summary import TRACE
 
 GROUPS = {
     "first_subject": "first subject token",
@@ -72,6 +74,7 @@ class TraceView:
         effects: clean and corrupted probability and total effect, by metric and corruption.
         curves: AIE by protocol.
         cells: by fact id, then by protocol; of facts whose tokens were traced one by one.
+        chances: the same as `effects` of single facts, by metric, corruption and fact id.
     """
 
     run: Run
@@ -82,6 +85,7 @@ class TraceView:
     effects: Mapping[tuple[str, str], Estimate]
     curves: Mapping[str, Curves]
     cells: Mapping[str, Mapping[str, Cells]]
+    chances: Mapping[tuple[str, str, str], float | None]
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -134,13 +138,15 @@ class Peak:
 
 def is_trace(run: Run) -> bool:
     """Whether a run traced facts instead of changing them."""
-    return run.method == "trace"
+    return run.method == TRACE
 
 
-def views(runs: Sequence[Run]) -> list[TraceView]:
-    """One view of each run of causal tracing, in the given order; other runs are left out."""
-    found = [run for run in runs if is_trace(run)]
-    return [_view(run, label) for run, label in zip(found, labels(found), strict=True)]
+@lru_cache(maxsize=2)
+def views(results: Results) -> tuple[TraceView, ...]:
+    """One view of each run of causal tracing; other runs are left out."""
+    found = [run for run in results.runs if is_trace(run)]
+    named = zip(found, labels(found), strict=True)
+    return tuple(_view(results, run, label) for run, label in named)
 
 
 def split(protocol: str) -> tuple[str, str]:
@@ -225,35 +231,46 @@ def aie_rows(view: TraceView) -> list[tuple[str, str, str, int, Estimate]]:
     ]
 
 
-def to_csv(found: Sequence[TraceView]) -> str:
-    """One line per run, kind, position group and layer: AIE, interval and number of facts."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    place = ["label", "run_id", "corruption", "kind", "position", "layer"]
-    writer.writerow([*place, "value", "low", "high", "n", "note"])
-    for view in found:
-        for *where, e in aie_rows(view):
-            identity = [view.label, view.run.run_id]
-            writer.writerow([*identity, *where, e.value, e.low, e.high, e.n, e.note])
-    return text.getvalue()
-
-
-def _view(run: Run, label: str) -> TraceView:
-    rows = [row for row in run.rows if row.metric == _EFFECT]
-    measured = {(row.protocol, row.layer) for row in rows if row.value is not None}
-    protocols = sorted({protocol for protocol, _ in measured}, key=_order)
-    corruptions = dict.fromkeys(row.protocol for row in run.rows if row.metric in EFFECTS)
-    curves = _curves(rows)
+def _view(results: Results, run: Run, label: str) -> TraceView:
+    compared(results)
+    own = f"run_id = {sql_text(run.run_id)}"
+    effects = f"{own} AND metric IN ({', '.join(map(sql_text, EFFECTS))})"
+    corruptions = [
+        corruption
+        for (corruption,) in results.query(
+            f"SELECT protocol FROM compared WHERE {effects} GROUP BY ALL "
+            "ORDER BY min(axis || metric), protocol"
+        )
+    ]
+    means = {key[1:]: value for key, value in measured(results, effects, _KINDS_OF).items()}
+    traced = results.query(
+        f"SELECT DISTINCT protocol, layer FROM compared WHERE {own} "
+        f"AND metric = {sql_text(_EFFECT)} AND value IS NOT NULL"
+    )
+    protocols = sorted({protocol for protocol, _ in traced}, key=_order)
+    curves = _curves(results, own)
     return TraceView(
         run=run,
         label=label,
         corruptions=tuple(corruptions),
         protocols=tuple(protocols),
-        layers=tuple(sorted({layer for _, layer in measured if layer is not None})),
-        effects={(m, c): estimate(run.select(m, c)) for m in EFFECTS for c in corruptions},
+        layers=tuple(sorted({layer for _, layer in traced if layer is not None})),
+        effects={(m, c): means.get((m, c), NOT_MEASURED) for m in EFFECTS for c in corruptions},
         curves={protocol: curves.get(protocol, {}) for protocol in protocols},
-        cells=_cells(rows),
+        cells=_cells(results, own),
+        chances=_chances(results, effects),
     )
+
+
+_KINDS_OF = ("metric", "protocol")
+
+
+def _chances(results: Results, condition: str) -> dict[tuple[str, str, str], float | None]:
+    records = results.query(
+        f"SELECT metric, protocol, fact_id, first(value) FROM compared WHERE {condition} "
+        "AND fact_id IS NOT NULL GROUP BY ALL"
+    )
+    return {(metric, corruption, fact): value for metric, corruption, fact, value in records}
 
 
 def _order(protocol: str) -> tuple[str, int, str]:
@@ -264,36 +281,39 @@ def _order(protocol: str) -> tuple[str, int, str]:
     return corruption, places.index(name) if name in places else len(places), kind
 
 
-def _curves(rows: Sequence[Row]) -> dict[str, Curves]:
+def _curves(results: Results, own: str) -> dict[str, Curves]:
     """AIE of the named groups of positions, by protocol, in the order of the prompt."""
-    found: dict[tuple[str, str], dict[int, list[Row]]] = {}
-    for row in rows:
-        if row.position in GROUPS and row.layer is not None:
-            layers = found.setdefault((row.protocol, row.position), {})
-            layers.setdefault(row.layer, []).append(row)
-    curves: dict[str, dict[str, Mapping[int, Estimate]]] = {}
-    for protocol, group in sorted(found, key=lambda key: list(GROUPS).index(key[1])):
-        layers = found[protocol, group]
-        estimates = {layer: estimate(layers[layer]) for layer in sorted(layers)}
-        if present := {k: e for k, e in estimates.items() if e.value is not None}:
-            curves.setdefault(protocol, {})[group] = present
+    groups = ", ".join(map(sql_text, GROUPS))
+    condition = (
+        f"{own} AND metric = {sql_text(_EFFECT)} AND position IN ({groups}) AND layer IS NOT NULL"
+    )
+    found = measured(results, condition, ["protocol", "position", "layer"])
+    order = {group: place for place, group in enumerate(GROUPS)}
+    curves: dict[str, dict[str, dict[int, Estimate]]] = {}
+    for key, value in sorted(found.items(), key=lambda item: (order[item[0][2]], *item[0][1:])):
+        _, protocol, group, layer = key
+        if value.value is not None:
+            curves.setdefault(protocol, {}).setdefault(group, {})[layer] = value
     return dict(curves)
 
 
-def _cells(rows: Sequence[Row]) -> dict[str, dict[str, dict[tuple[int, int], float]]]:
+def _cells(results: Results, own: str) -> dict[str, dict[str, dict[tuple[int, int], float]]]:
     found: dict[str, dict[str, dict[tuple[int, int], float]]] = {}
-    for row in rows:
-        token = _TOKEN.fullmatch(row.position or "")
-        if token and row.fact_id is not None and row.layer is not None and row.value is not None:
-            cells = found.setdefault(row.fact_id, {}).setdefault(row.protocol, {})
-            cells[int(token[1]), row.layer] = row.value
+    for fact, protocol, position, layer, value in results.query(
+        f"SELECT fact_id, protocol, position, layer, value FROM compared WHERE {own} "
+        f"AND metric = {sql_text(_EFFECT)} AND fact_id IS NOT NULL AND layer IS NOT NULL "
+        "AND value IS NOT NULL AND starts_with(position, 'token/')"
+    ):
+        if token := _TOKEN.fullmatch(position):
+            found.setdefault(fact, {}).setdefault(protocol, {})[int(token[1]), layer] = value
     return found
 
 
 def _traced_fact(view: TraceView, fact: Mapping[str, Any]) -> TracedFact:
     first, last = fact["subject_tokens"]
-    chances = {c: _of_fact(view.run, "clean_probability", c, fact) for c in view.corruptions}
-    corrupted = {c: _of_fact(view.run, "corrupted_probability", c, fact) for c in view.corruptions}
+    name = fact["fact_id"]
+    chances = {c: view.chances.get(("clean_probability", c, name)) for c in view.corruptions}
+    corrupted = {c: view.chances.get(("corrupted_probability", c, name)) for c in view.corruptions}
     return TracedFact(
         fact=fact,
         tokens=tuple(fact["tokens"]),
@@ -302,8 +322,3 @@ def _traced_fact(view: TraceView, fact: Mapping[str, Any]) -> TracedFact:
         corrupted={c: p for c, p in corrupted.items() if p is not None},
         maps={protocol: fact_map(view, fact, protocol) for protocol in view.protocols},
     )
-
-
-def _of_fact(run: Run, metric: str, corruption: str, fact: Mapping[str, Any]) -> float | None:
-    rows = run.select(metric, corruption, fact_id=fact["fact_id"])
-    return rows[0].value if rows else None

@@ -7,20 +7,22 @@ lost when there is no tracker.
 import logging
 import netrc
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, get_args
 from urllib.parse import urlsplit
 
 from palimpsest.errors import RequestError, nearest
 from palimpsest.files import writing
-from palimpsest.record.row import Row
-from palimpsest.record.store import Run
-from palimpsest.study.intervals import estimate
+from palimpsest.record.results import FIELDS, Results, Run
+from palimpsest.study.headline import Headline
+from palimpsest.study.intervals import Estimate
+from palimpsest.study.samples import measured
 from palimpsest.study.sequences import courses
-from palimpsest.study.summary import Summary, summarise
+from palimpsest.study.study import Block, Figure
+from palimpsest.study.table import Table
 from palimpsest.study.traces import (
     TraceView,
     aie_rows,
@@ -185,28 +187,29 @@ class WandbLive:
                 self._log(run)
 
     def _log(self, run: Run) -> None:
-        [summary] = summarise([run])
-        for step, values in _by_step(summary):
+        results = Results.of([run])
+        for step, values in _by_step(results):
             self.live.log({_STEP: step, **values})
-        self.live.log({"rows": self._table(run.rows), **self._figures(summary)})
-        self.live.summary.update(_scalars(summary))
+        blocks = Headline().read(results)
+        self.live.log({"rows": self._table(results), **self._figures(blocks)})
+        self.live.summary.update(_scalars(blocks))
         self._artifact(run)
 
-    def _table(self, rows: list[Row]) -> Any:
-        names = [column.name for column in fields(Row)]
-        return self.wandb.Table(columns=names, data=[list(astuple(row)) for row in rows])
+    def _table(self, results: Results) -> Any:
+        rows = results.query(f"SELECT {', '.join(FIELDS)} FROM rows")
+        return self.wandb.Table(columns=list(FIELDS), data=[list(row) for row in rows])
 
-    def _figures(self, summary: Summary) -> dict[str, Any]:
-        from palimpsest.report import figures
+    def _figures(self, blocks: Sequence[Block]) -> dict[str, Any]:
+        from plotly.graph_objects import Figure as Plotly
 
-        made = {
-            "figures/recoverability": figures.recoverability([summary]),
-            "figures/two_hop": figures.two_hop([summary]),
+        return {
+            f"figures/{block.name}": self.wandb.Plotly(Plotly(block.chart))
+            for block in blocks
+            if isinstance(block, Figure) and block.chart
         }
-        return {name: self.wandb.Plotly(fig) for name, fig in made.items() if fig is not None}
 
     def _log_trace(self, run: Run) -> None:
-        [view] = views([run])
+        [view] = views(Results.of([run]))
         self.live.log({"aie": self._aie_table(view), **self._trace_figures(view)})
         self.live.summary.update(_trace_scalars(view))
 
@@ -216,14 +219,14 @@ class WandbLive:
         return self.wandb.Table(columns=names, data=data)
 
     def _trace_figures(self, view: TraceView) -> dict[str, Any]:
-        from palimpsest.report import trace_figures
+        from palimpsest.study.figures import tracing
 
         made = {
-            "figures/average": trace_figures.average(view),
-            "figures/aie": trace_figures.curves(view),
+            "figures/average": tracing.average(view),
+            "figures/aie": tracing.curves(view),
         }
         for place, traced in enumerate(traced_facts(view)):
-            made[f"figures/fact-{place}"] = trace_figures.fact(view, traced)
+            made[f"figures/fact-{place}"] = tracing.fact(view, traced)
         return {name: self.wandb.Plotly(fig) for name, fig in made.items() if fig is not None}
 
     def _artifact(self, run: Run) -> None:
@@ -281,9 +284,15 @@ def _logged_in() -> bool:
         return False
 
 
-def _scalars(summary: Summary) -> dict[str, float]:
+def _scalars(blocks: Sequence[Block]) -> dict[str, float]:
     """The headline numbers that have a value, by flat name."""
-    return {key: e.value for key, e in summary.values.items() if e.value is not None}
+    [table] = [block for block in blocks if isinstance(block, Table) and block.name == "report"]
+    cells = zip(table.headings, table.lines[0].cells, strict=True)
+    return {
+        heading.key: cell.value
+        for heading, cell in cells
+        if isinstance(cell, Estimate) and cell.value is not None
+    }
 
 
 def _trace_scalars(view: TraceView) -> dict[str, float]:
@@ -299,27 +308,22 @@ def _trace_scalars(view: TraceView) -> dict[str, float]:
     return found
 
 
-def _by_step(summary: Summary) -> list[tuple[int, dict[str, float]]]:
+def _by_step(results: Results) -> list[tuple[int, dict[str, float]]]:
     """Means over facts of what was measured after so many edits or relearning steps, by step.
 
     Missing values are left out, and so are prompts that were fitted where others were asked too.
     """
-    groups: dict[tuple[int, str], list[Row]] = {}
-    for row in summary.run.rows:
-        if row.step is not None and row.layer is None and not _in_sample(row):
-            name = f"by_step/{row.axis}/{row.metric}/{row.protocol}"
-            groups.setdefault((row.step, name), []).append(row)
-    found = {place: estimate(rows).value for place, rows in groups.items()}
-    for course in courses([summary]):
-        for stage in course.stages:
-            retained = ((k, v.value) for k, v in stage.values.items() if "/retention/" in k)
-            found |= {(stage.step, f"by_step/{key}"): value for key, value in retained}
+    condition = (
+        "step IS NOT NULL AND layer IS NULL AND NOT (metric = 'suppression' AND prompt_id = 'fit')"
+    )
+    found = measured(results, condition, ["step", "axis", "metric", "protocol"])
     steps: dict[int, dict[str, float]] = {}
-    for (step, name), value in sorted(found.items()):
-        if value is not None:
-            steps.setdefault(step, {})[name] = value
-    return list(steps.items())
-
-
-def _in_sample(row: Row) -> bool:
-    return row.metric == "suppression" and row.prompt_id == "fit"
+    for (_, step, *name), estimate in sorted(found.items()):
+        if estimate.value is not None:
+            steps.setdefault(step, {})[f"by_step/{'/'.join(name)}"] = estimate.value
+    for course in courses(results):
+        for stage in course.stages:
+            for key, estimate in stage.values.items():
+                if "/retention/" in key and estimate.value is not None:
+                    steps.setdefault(stage.step, {})[f"by_step/{key}"] = estimate.value
+    return sorted(steps.items())

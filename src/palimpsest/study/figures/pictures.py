@@ -1,17 +1,14 @@
 """The figures of causal tracing as PNG and PDF, for papers: the same three as on the page."""
 
 import math
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from palimpsest.files import atomic
-from palimpsest.report.style import FAINT, GRID, INK
-from palimpsest.report.trace_style import (
+from palimpsest.study.figures.style import FAINT, GRID
+from palimpsest.study.figures.trace_style import (
     COLUMNS,
     EFFECT,
     GROUP_COLOURS,
@@ -36,23 +33,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_LOOK: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 8,
-    "text.color": INK,
-    "text.usetex": False,
-    "text.parse_math": False,  # `$` in a data set's text is a dollar
-    "pdf.fonttype": 42,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 8,
-    "axes.linewidth": 0.6,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "savefig.dpi": 200,
-}
-"""Fonts are embedded as TrueType, which publishers ask for."""
-
 _DASHES = {"solid": "-", "dash": "--", "dashdot": "-.", "dot": ":"}
 _WIDTH, _MARGIN = 2.3, 1.7
 """Width of a panel, and of what stands beside the panels, in inches."""
@@ -60,54 +40,15 @@ _ROW = 0.165
 """Height of a row of a heat map, in inches."""
 
 
-def write_view(view: TraceView, folder: Path) -> list[Path]:
-    """Write a trace run's pictures into a folder of their own, as PNG and as PDF.
+def of(view: TraceView) -> list[tuple[str, Callable[[TraceView], "Figure"]]]:
+    """A trace run's pictures: their names, and what draws each.
 
-    Args:
-        view: of a finished run of causal tracing.
-        folder: holds nothing else.
-
-    Returns:
-        the files: `aie`, `average` and, for the first facts, `fact-0`, `fact-1`, ...; those of
-        which nothing was traced are left out.
-
-    Raises:
-        RequestError: the directory cannot be written.
-        WriteError: there is no room.
+    `aie`, `average` and, for the first facts, `fact-0`, `fact-1`, ...; those of which nothing was
+    traced are left out.
     """
-    with _drawing():
-        return [path for name, figure in _figures(view) for path in _saved(figure, folder / name)]
-
-
-@contextmanager
-def _drawing() -> Iterator[None]:
-    """Matplotlib's settings for the pictures; letters that its font lacks are boxes."""
-    import matplotlib
-
-    with matplotlib.rc_context(_LOOK), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-        yield
-
-
-def _figures(view: TraceView) -> Iterator[tuple[str, "Figure"]]:
-    if view.groups:
-        yield "aie", _curves(view)
-        yield "average", _average(view)
-    for place, traced in enumerate(traced_facts(view)):
-        yield f"fact-{place}", _fact(view, traced)
-
-
-def _saved(figure: "Figure", path: Path) -> list[Path]:
-    """Write a figure, laid out once, as PNG and as PDF."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-    paths = [path.with_name(f"{path.name}.{kind}") for kind in ("png", "pdf")]
-    for file in paths:
-        kind = file.suffix[1:]
-        with atomic(file) as temporary:
-            undated = {"CreationDate": None} if kind == "pdf" else {}
-            figure.savefig(temporary, format=kind, metadata=undated)
-    return paths
+    whole = [("aie", _curves), ("average", _average)] if view.groups else []
+    facts = [(f"fact-{n}", partial(_fact, traced=f)) for n, f in enumerate(traced_facts(view))]
+    return [*whole, *facts]
 
 
 def _fact(view: TraceView, traced: TracedFact) -> "Figure":

@@ -1,33 +1,37 @@
-"""The report's figures: pure functions of summaries. Each is None where nothing was measured."""
+"""Methods set beside each other: curves over layers, the trade-off, entailed questions."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from palimpsest.record.row import Row
-from palimpsest.report.placement import Box, offsets, spread
-from palimpsest.report.style import (
+from palimpsest.record.results import Results, sql_text
+from palimpsest.study.columns import REFITTED
+from palimpsest.study.curves import Point, curves
+from palimpsest.study.figures.placement import Box, offsets, spread
+from palimpsest.study.figures.style import (
     FAINT,
-    GRID,
     INK,
     NEITHER,
     NEW,
     OLD,
     Style,
     axis,
+    bars,
     describe,
     escape,
     layout,
     shorten,
     styles,
 )
-from palimpsest.study.columns import REFITTED, probe_rows, rows_of
-from palimpsest.study.intervals import Estimate, estimate
-from palimpsest.study.sequences import SHOWN, Course, Measure
-from palimpsest.study.summary import Point, Summary, curve
+from palimpsest.study.intervals import Estimate
+from palimpsest.study.samples import measured
+from palimpsest.study.study import MOST_RUNS
+from palimpsest.study.summary import Summary, summarise
+
+Curves = Mapping[tuple[Any, ...], list[Point]]
+"""Probes by run id, protocol and position."""
 
 POSITIONS = {"last_subject": "last token of the subject", "last_prompt": "last token of the prompt"}
 _LETTER = 6.3
@@ -36,7 +40,7 @@ _AREA = (1100.0, 390.0)
 """Width and height of the trade-off's plot in pixels, on a page of ordinary width."""
 
 
-def recoverability(summaries: Sequence[Summary]) -> Any:
+def recoverability(results: Results) -> Any:
     """Probe accuracy for the old object by layer: a panel per position, a colour per method.
 
     Frozen probes are solid, re-fit ones dashed; what the change cannot reach is faint.
@@ -44,31 +48,34 @@ def recoverability(summaries: Sequence[Summary]) -> Any:
     Returns:
         A plotly Figure, or None.
     """
-    shown = [p for p in POSITIONS if any(probe_rows(s.run, "frozen", p) for s in summaries)]
+    summaries, found = summarise(results), _probes(results)
+    shown = [p for p in POSITIONS if any((s.run.run_id, "frozen", p) in found for s in summaries)]
     if not shown:
         return None
+    looks, baselines = styles(summaries), _baselines(results)
     titles = [POSITIONS[position] for position in shown]
     figure = make_subplots(
         1, len(shown), True, True, subplot_titles=titles, horizontal_spacing=0.03
     )
     for column, position in enumerate(shown, start=1):
-        _add_baselines(figure, summaries, position, column)
+        _add_baselines(figure, baselines, found, position, column)
         for summary in summaries:
-            _add_probes(figure, summary, styles(summaries)[summary.label], position, column)
-    _add_end_labels(figure, summaries, shown[-1], len(shown))
+            _add_probes(figure, summary, looks[summary.label], found, position, column)
+    _add_end_labels(figure, summaries, found, shown[-1], len(shown))
     _add_line_keys(figure)
     longest = max(len(shorten(s.label)) for s in summaries)
     _finish_curves(figure, right=40 + int(_LETTER * longest))
     return figure
 
 
-def trade_off(summaries: Sequence[Summary]) -> Any:
+def trade_off(results: Results) -> Any:
     """What was kept (accuracy on test subjects) against what can still be read (frozen probe).
 
     Returns:
         A plotly Figure, or None where there are fewer than two points.
     """
     kept, read = "downstream/relation_accuracy/vocabulary", "recoverability/probe_accuracy/frozen"
+    summaries = summarise(results)
     shown = [s for s in summaries if None not in (s.values[kept].value, s.values[read].value)]
     if len(shown) < 2:
         return None
@@ -80,12 +87,12 @@ def trade_off(summaries: Sequence[Summary]) -> Any:
         layout(480, showlegend=False),
         xaxis=axis("accuracy on untouched subjects of the same relations", range=[-0.04, 1.04]),
         yaxis=axis("old object read by the frozen probe", range=[-0.04, 1.04]),
-        annotations=[*_dot_labels(shown, kept, read, looks), _corner()],
+        annotations=[*_dot_labels(shown[:MOST_RUNS], kept, read, looks), _corner()],
     )
     return figure
 
 
-def two_hop(summaries: Sequence[Summary]) -> Any:
+def two_hop(results: Results) -> Any:
     """Stacked shares of entailed questions answered with the new, the old or another object.
 
     Returns:
@@ -93,6 +100,7 @@ def two_hop(summaries: Sequence[Summary]) -> Any:
     """
     key = "consistency/twohop_{}/vocabulary"
     parts = (("new", NEW, "white"), ("old", OLD, "white"), ("neither", NEITHER, INK))
+    summaries = summarise(results)
     shown = [s for s in summaries if s.values[key.format("new")].value is not None]
     if not shown:
         return None
@@ -109,79 +117,49 @@ def two_hop(summaries: Sequence[Summary]) -> Any:
     return figure
 
 
-def ranks(summaries: Sequence[Summary], fact_id: str) -> Any:
-    """One fact's old and new object: rank under the logit lens by layer, rank 1 on top.
-
-    Returns:
-        A plotly Figure, or None.
-    """
-    looks = styles(summaries)
-    figure = make_subplots(
-        1,
-        2,
-        shared_yaxes=True,
-        subplot_titles=("old object", "new object"),
-        horizontal_spacing=0.03,
+def _probes(results: Results) -> Curves:
+    names = ", ".join(map(sql_text, ("frozen", *REFITTED)))
+    condition = (
+        f"metric = 'probe_accuracy' AND protocol IN ({names}) AND split = 'target' "
+        "AND budget IS NULL AND position IS NOT NULL"
     )
-    highest = 1.0
-    for column, metric in enumerate(("lens_rank_old", "lens_rank_new"), start=1):
-        for summary in summaries:
-            points = curve(rows_of(metric, "logit_lens", fact_id=fact_id)(summary.run))
-            if points:
-                named = any(trace.legendgroup == escape(summary.label) for trace in figure.data)
-                trace = _rank_line(summary, looks[summary.label], points, named)
-                figure.add_trace(trace, 1, column)
-                highest = max(highest, *trace.y)
-    if not figure.data:
-        return None
-    _finish_ranks(figure, highest, len(summaries))
-    return figure
+    return curves(results, condition, ["protocol", "position"])
 
 
-def along(shown: Sequence[Course], summaries: Sequence[Summary]) -> dict[str, Any]:
-    """What holds along a sequence of edits: a plotly Figure for each measure that is shown.
-
-    Edits so far are on a logarithmic axis; a stage without a value is a gap in the line.
-
-    Args:
-        shown: the runs that were measured along their edits.
-        summaries: all runs of the report, for their looks.
-
-    Returns:
-        figures by the measures' metrics; none of a measure without any value.
-    """
-    looks = styles(summaries)
-    made = {}
-    for measure in SHOWN:
-        if any(s.values[measure.key].value is not None for c in shown for s in c.stages):
-            lines = [_course_line(c, looks[c.summary.label], measure) for c in shown]
-            made[measure.metric] = go.Figure(lines)
-            _finish_course(made[measure.metric], measure, max(c.stages[-1].step for c in shown))
-    return made
+def _baselines(results: Results) -> dict[str, Any]:
+    """Of the first run that has any: majority, embedding, and shuffled labels by position."""
+    names = [summary.run.run_id for summary in summarise(results)]
+    found: dict[str, Any] = {}
+    alone = measured(results, "metric = 'probe_baseline'", ["protocol"])
+    shuffled = "metric = 'probe_baseline' AND protocol = 'shuffled'"
+    lines = curves(results, shuffled, ["position"])
+    for name in ("majority", "embedding"):
+        found[name] = next((alone[run, name] for run in names if (run, name) in alone), None)
+    first = next((run for run in names if (run, "shuffled") in alone), None)
+    found["shuffled"] = {where: points for (run, where), points in lines.items() if run == first}
+    return found
 
 
-def _add_baselines(figure: Any, summaries: Sequence[Summary], position: str, column: int) -> None:
+def _add_baselines(
+    figure: Any, baselines: Mapping[str, Any], found: Curves, position: str, column: int
+) -> None:
     """Thin grey lines, named at the line; taken from the unchanged model where it was run."""
-    layers = [r.layer for s in summaries for r in probe_rows(s.run, "frozen", position)]
-    span = sorted(layer for layer in layers if layer is not None)
+    span = sorted(
+        point.layer
+        for (_, protocol, where), points in found.items()
+        for point in points
+        if (protocol, where) == ("frozen", position)
+    )
     if not span:
         return
     ends = [span[0], round(0.8 * span[0] + 0.2 * span[-1]), span[-1]]
     for name, dash in (("majority", "dot"), ("embedding", "dashdot")):
-        value = estimate(_first_rows(summaries, "probe_baseline", name)).value
+        value = baselines[name].value if baselines[name] else None
         if value is not None:
             figure.add_trace(_baseline(name, ends, [value] * 3, dash), 1, column)
-    rows = _first_rows(summaries, "probe_baseline", "shuffled")
-    points = curve([row for row in rows if row.position == position])
-    if points:
+    if points := baselines["shuffled"].get(position):
         y = [point.estimate.value or 0.0 for point in points]
         figure.add_trace(_baseline("shuffled", [p.layer for p in points], y, "solid"), 1, column)
-
-
-def _first_rows(summaries: Sequence[Summary], metric: str, protocol: str) -> list[Row]:
-    """The rows of the first run that has any."""
-    found = (summary.run.select(metric, protocol) for summary in summaries)
-    return next((rows for rows in found if rows), [])
 
 
 def _baseline(name: str, x: list[int], y: list[float], dash: str) -> Any:
@@ -204,10 +182,12 @@ def _baseline(name: str, x: list[int], y: list[float], dash: str) -> Any:
     )
 
 
-def _add_probes(figure: Any, summary: Summary, look: Style, position: str, column: int) -> None:
+def _add_probes(
+    figure: Any, summary: Summary, look: Style, found: Curves, position: str, column: int
+) -> None:
     """A method's frozen (solid) and re-fit (dashed) probes, faint upstream of the change."""
-    frozen = curve(probe_rows(summary.run, "frozen", position))
-    refit = _refit_curve(summary, position)
+    frozen = found.get((summary.run.run_id, "frozen", position), [])
+    refit = _refit_curve(summary, found, position)
     for name, points, dash in (("frozen", frozen, "solid"), ("re-fit", refit, "dash")):
         if points and all(point.upstream for point in points):
             figure.add_trace(_probe_line(summary, look, name, points, dash, 1.0), 1, column)
@@ -224,12 +204,13 @@ def _add_probes(figure: Any, summary: Summary, look: Style, position: str, colum
         )
 
 
-def _refit_curve(summary: Summary, position: str) -> list[Point]:
+def _refit_curve(summary: Summary, found: Curves, position: str) -> list[Point]:
     """At each layer the retrained probe, or the adaptive one where that has no value."""
-    found: dict[int, Point] = {}
+    chosen: dict[int, Point] = {}
     for protocol in reversed(REFITTED):
-        found |= {p.layer: p for p in curve(probe_rows(summary.run, protocol, position))}
-    return [found[layer] for layer in sorted(found)]
+        points = found.get((summary.run.run_id, protocol, position), [])
+        chosen |= {point.layer: point for point in points}
+    return [chosen[layer] for layer in sorted(chosen)]
 
 
 def _probe_line(
@@ -259,16 +240,18 @@ def _probe_line(
     )
 
 
-def _add_end_labels(figure: Any, summaries: Sequence[Summary], position: str, column: int) -> None:
+def _add_end_labels(
+    figure: Any, summaries: Sequence[Summary], found: Curves, position: str, column: int
+) -> None:
     """Each method's name beside the end of its frozen curve, moved apart where they would touch."""
-    ends = [(s, curve(probe_rows(s.run, "frozen", position))) for s in summaries]
+    ends = [(s, found.get((s.run.run_id, "frozen", position))) for s in summaries]
     named = [(summary, points[-1]) for summary, points in ends if points]
     heights = [point.estimate.value or 0.0 for _, point in named]
-    right = max(point.layer for _, point in named)
+    right, looks = max(point.layer for _, point in named), styles(summaries)
     for (summary, point), y, label_y in zip(
         named, heights, spread(heights, 0.052, 0.0, 1.0), strict=True
     ):
-        look = styles(summaries)[summary.label]
+        look = looks[summary.label]
         figure.add_trace(
             go.Scatter(
                 x=[point.layer, right + 1.2],
@@ -307,63 +290,6 @@ def _add_line_keys(figure: Any) -> None:
         )
 
 
-def _course_line(course: Course, look: Style, measure: Measure) -> Any:
-    found = [stage.values[measure.key] for stage in course.stages]
-    label = escape(course.summary.label)
-    about = "<br>the unchanged model, same facts" if course.reference else ""
-    text = [
-        f"<b>{label}</b>{about}<br>{measure.title} at {stage.step:,} edits<br>{describe(e)}"
-        + (f"<br>{escape(e.note)}" if e.note else "")
-        for stage, e in zip(course.stages, found, strict=True)
-    ]
-    return go.Scatter(
-        x=[stage.step for stage in course.stages],
-        y=[e.value for e in found],
-        error_y=_bars([] if course.reference else found, look.colour),
-        mode="lines+markers",
-        line={
-            "color": look.colour,
-            "width": 1.2 if course.reference or look.control else 2,
-            "dash": "dot" if course.reference else "solid",
-        },
-        marker={"symbol": look.marker, "size": 3 if course.reference else 6},
-        connectgaps=False,
-        hovertext=text,
-        hoverinfo="text",
-        name=label,
-    )
-
-
-def _finish_course(figure: Any, measure: Measure, last: int) -> None:
-    """Axes of one measure along up to `last` edits."""
-    leads = (1, 2, 5) if last <= 50 else (1,)
-    round_ones = {k * 10**power for power in range(len(str(last))) for k in leads}
-    ticks = sorted({tick for tick in round_ones if 2 * tick <= last} | {last})
-    share = {"range": [-0.04, 1.04]}
-    scale = share if measure.style == "share" else _log_scale(figure)
-    figure.update_layout(
-        layout(290, showlegend=False, title={"text": measure.title, "font": {"size": 13}}),
-        title={"x": 0, "xref": "paper", "y": 0.97, "yanchor": "top"},
-        margin={"l": 44, "r": 12, "t": 30, "b": 46},
-        xaxis=axis(
-            "edits so far",
-            type="log",
-            range=[math.log10(0.88), math.log10(last * 1.14)],
-            tickvals=ticks,
-            ticktext=[f"{tick:,}" for tick in ticks],
-        ),
-        yaxis=axis("", exponentformat="power", **scale),
-    )
-
-
-def _log_scale(figure: Any) -> dict[str, Any]:
-    """A logarithmic axis over all values, and over a factor of two at least."""
-    logs = [math.log10(y) for line in figure.data for y in line.y if y is not None]
-    middle, half = (max(logs) + min(logs)) / 2, (max(logs) - min(logs)) / 2
-    reach = 1.06 * max(half, math.log10(2) / 2)
-    return {"type": "log", "nticks": 6, "range": [middle - reach, middle + reach]}
-
-
 def _finish_curves(figure: Any, right: int) -> None:
     figure.update_layout(
         layout(470),
@@ -388,30 +314,13 @@ def _dot(summary: Summary, look: Style, kept: str, read: str) -> Any:
             "color": look.colour,
             "line": {"width": 1.5, "color": look.colour},
         },
-        error_x=_bars([x], look.colour),
-        error_y=_bars([y], look.colour),
+        error_x=bars([x], look.colour),
+        error_y=bars([y], look.colour),
         hovertext=[
             f"<b>{escape(summary.label)}</b><br>kept {describe(x)}<br>recovered {describe(y)}"
         ],
         hoverinfo="text",
     )
-
-
-def _bars(found: Sequence[Estimate], colour: str) -> dict[str, Any]:
-    """Error bars from each value to both ends of its interval; none without an interval."""
-    if all(estimate.low is None for estimate in found):
-        return {"visible": False}
-    faded = "rgba({},{},{},0.35)".format(*(int(colour[k : k + 2], 16) for k in (1, 3, 5)))
-    ends = {
-        "array": [_reach(e.value, e.high) for e in found],
-        "arrayminus": [_reach(e.low, e.value) for e in found],
-    }
-    return {"symmetric": False, "thickness": 1, "width": 0, "color": faded, **ends}
-
-
-def _reach(low: float | None, high: float | None) -> float:
-    """The length of one end of an error bar."""
-    return 0.0 if low is None or high is None else max(high - low, 0.0)
 
 
 def _dot_labels(
@@ -496,31 +405,3 @@ def _share(shown: Sequence[Summary], key: str, part: str, fill: str, ink: str) -
         ],
         hoverinfo="text",
     )
-
-
-def _rank_line(summary: Summary, look: Style, points: list[Point], named: bool) -> Any:
-    return go.Scatter(
-        x=[p.layer for p in points],
-        y=[p.estimate.value for p in points],
-        mode="lines+markers",
-        name=escape(shorten(summary.label)),
-        legendgroup=escape(summary.label),
-        showlegend=not named,
-        line={"color": look.colour, "width": 1 if look.control else 1.8},
-        marker={"symbol": look.marker, "size": 5},
-        hoverinfo="x+y+name",
-    )
-
-
-def _finish_ranks(figure: Any, highest: float, methods: int) -> None:
-    decades = [10**k for k in range(len(str(int(highest))) + 1)]
-    reversed_log = axis("", type="log", tickvals=decades, ticktext=[f"{d:,}" for d in decades])
-    figure.update_layout(
-        layout(max(330, 90 + 21 * methods)),
-        margin={"l": 64, "r": 16, "t": 30, "b": 44},
-        legend={"font": {"size": 11}, "tracegroupgap": 0},
-    )
-    figure.update_xaxes(axis("layer"))
-    figure.update_yaxes(reversed_log, autorange="reversed", gridcolor=GRID)
-    figure.update_yaxes(title_text="rank (1 = top)", col=1)
-    figure.update_annotations(font={"size": 12})

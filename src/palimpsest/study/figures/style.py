@@ -147,3 +147,20 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
         "tickcolor": FAINT,
     }
     return base | more
+
+
+def bars(found: Sequence[Estimate], colour: str) -> dict[str, Any]:
+    """Error bars from each value to both ends of its interval; none without an interval."""
+    if all(estimate.low is None for estimate in found):
+        return {"visible": False}
+    faded = "rgba({},{},{},0.35)".format(*(int(colour[k : k + 2], 16) for k in (1, 3, 5)))
+    ends = {
+        "array": [_reach(e.value, e.high) for e in found],
+        "arrayminus": [_reach(e.low, e.value) for e in found],
+    }
+    return {"symmetric": False, "thickness": 1, "width": 0, "color": faded, **ends}
+
+
+def _reach(low: float | None, high: float | None) -> float:
+    """The length of one end of an error bar."""
+    return 0.0 if low is None or high is None else max(high - low, 0.0)

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from palimpsest.report.style import shorten
-from palimpsest.report.text import DASH, plain
+from palimpsest.study.figures.style import shorten
 from palimpsest.study.intervals import Floats
+from palimpsest.study.text import DASH, plain
 from palimpsest.study.traces import TracedFact, corruption_text
 
 EFFECT = "indirect effect"

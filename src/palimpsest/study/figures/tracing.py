@@ -11,9 +11,8 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from palimpsest.report.style import FAINT, axis, escape, layout
-from palimpsest.report.text import DASH, plain
-from palimpsest.report.trace_style import (
+from palimpsest.study.figures.style import FAINT, axis, escape, layout
+from palimpsest.study.figures.trace_style import (
     COLUMNS,
     EFFECT,
     GROUP_COLOURS,
@@ -25,6 +24,7 @@ from palimpsest.report.trace_style import (
     token_texts,
 )
 from palimpsest.study.intervals import Estimate, Floats
+from palimpsest.study.text import DASH, plain
 from palimpsest.study.traces import GROUPS, TracedFact, TraceView, average_map, band
 
 _ROW = 21

@@ -1,0 +1,1 @@
+"""What studies draw: plotly figures for the page, matplotlib pictures for papers."""
