@@ -13,7 +13,7 @@ from palimpsest.cli import main
 from palimpsest.facts.fact import Prompt
 from palimpsest.model.forward import next_token_logprobs, score
 from palimpsest.model.handle import ModelHandle
-from palimpsest.record.store import Run, load_runs
+from palimpsest.record.results import Run, load_runs
 from tests.architectures.tiny import WORDS, make_handle
 
 FEW = {

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from palimpsest.cli import main
 from palimpsest.locks import held
-from palimpsest.record.store import Run, load_runs
+from palimpsest.record.results import Run, load_runs
 
 RELATIONS = {
     "P17": (

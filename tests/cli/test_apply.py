@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from palimpsest.apply import ORIGINAL, RECORD
 from palimpsest.cli import main
-from palimpsest.record.store import Run, load_runs
+from palimpsest.record.results import Run, load_runs
 from tests.cli.test_errors import check_one_line, listed
 
 MORE = {

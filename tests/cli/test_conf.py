@@ -20,7 +20,7 @@ from palimpsest.facts.dataset import DataSet
 from palimpsest.locate.locator import Locator
 from palimpsest.model.load import Pretrained
 from palimpsest.record.recording import Recording
-from palimpsest.record.store import load_runs
+from palimpsest.record.results import load_runs
 
 OPTIONS = sorted((path.parent.name, path.stem) for path in resource("conf").glob("*/*.yaml"))
 each_option = pytest.mark.parametrize(("group", "option"), OPTIONS)
@@ -63,7 +63,7 @@ def test_every_option_makes_its_part(group, option):
     assert isinstance(made["locate"], Locator)
     assert isinstance(made["record"], Recording)
     assert callable(made["intervene"].fit)
-    assert list(Ruler(made["evaluate"]).measures)[0] == "downstream"
+    assert next(iter(Ruler(made["evaluate"]).measures)) == "downstream"
 
 
 @each_option

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from palimpsest.intervene.editors.editor import NOT_FINITE
-from palimpsest.record.store import load_runs
+from palimpsest.record.results import load_runs
 from tests.intervene.test_divergence import make_diverge
 
 RATE = "intervene.search.lr=0.25"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from palimpsest.record.store import load_runs
+from palimpsest.record.results import load_runs
 
 LAYER = "locate.layer=2"
 EXACT = {

@@ -8,7 +8,7 @@ import pytest
 
 from palimpsest.cli import launching
 from palimpsest.model.load import Pretrained
-from palimpsest.record.store import load_runs
+from palimpsest.record.results import load_runs
 from palimpsest.sweep import plan
 
 RUNS = Path("results/runs")

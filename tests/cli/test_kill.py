@@ -17,8 +17,8 @@ import pytest
 
 import palimpsest
 from palimpsest.evaluate.probes import Probes
+from palimpsest.record.results import Run, load_runs, load_unfinished
 from palimpsest.record.row import SCHEMA_VERSION
-from palimpsest.record.store import Run, load_runs, load_unfinished
 
 KILLS = 5
 """Of each directory."""

@@ -10,7 +10,7 @@ from palimpsest.intervene.editors.values import ValueSearch
 from palimpsest.intervene.erasers.leace import Leace
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.load import Pretrained
-from palimpsest.record.store import load_runs, load_unfinished
+from palimpsest.record.results import load_runs, load_unfinished
 
 
 def raising(error):

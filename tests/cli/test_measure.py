@@ -11,7 +11,8 @@ from palimpsest.cli import measure as command
 from palimpsest.intervene.editors.editor import Editor
 from palimpsest.intervene.erasers.eraser import Eraser
 from palimpsest.intervene.pairs import InTurn
-from palimpsest.record.store import COLUMNS, load_runs, run_of
+from palimpsest.record.results import COLUMNS, load_runs
+from palimpsest.record.store import run_of
 
 SMALL = (
     "evaluate.tuned_lens.tokens=128",

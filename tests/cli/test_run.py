@@ -14,7 +14,7 @@ import pytest
 from palimpsest.intervene.changes.deltas import WeightDeltas
 from palimpsest.intervene.changes.erasure import Erasure
 from palimpsest.intervene.intervention import Unchanged, load
-from palimpsest.record.store import COLUMNS, KEY, load_runs
+from palimpsest.record.results import COLUMNS, KEY, load_runs
 
 RUN_JSON = {
     "run_id", "schema", "status", "method", "imitates", "site", "located", "model", "facts", "seed",

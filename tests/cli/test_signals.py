@@ -12,7 +12,8 @@ from palimpsest.cli.signals import stoppable
 from palimpsest.errors import Stopped
 from palimpsest.intervene.editors.values import ValueSearch
 from palimpsest.model.load import Pretrained
-from palimpsest.record.store import RunStore, load_runs
+from palimpsest.record.results import load_runs
+from palimpsest.record.store import RunStore
 from tests.cli.test_many import check_untouched, loaded, unfinished
 
 __all__ = ["loaded"]

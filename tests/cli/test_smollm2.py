@@ -5,7 +5,7 @@ from statistics import fmean
 import pytest
 
 from palimpsest.cli import main
-from palimpsest.record.store import load_runs
+from palimpsest.record.results import load_runs
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 

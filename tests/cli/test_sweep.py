@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from palimpsest.cli.configuration import resource
 from palimpsest.cli.sweeps import sweep_overrides
 from palimpsest.intervene.erasers.leace import Leace
-from palimpsest.record.store import load_runs
+from palimpsest.record.results import load_runs
 
 SWEEPS = sorted(resource("sweeps").glob("*.yaml"))
 each_sweep = pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from palimpsest.locate.tracing import Tracing
-from palimpsest.record.store import Run, load_runs
+from palimpsest.record.results import Run, load_runs
 from tests.cli.conftest import Call, Tiny
 
 FACTS = ("facts=counterfact", "facts.relations=[P17]", "facts.limit=3", "record=local")

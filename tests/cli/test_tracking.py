@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from palimpsest.intervene.erasers.leace import Leace
-from palimpsest.record.store import load_runs
+from palimpsest.record.results import load_runs
 
 OFFLINE = ("record=wandb", "record.tracker.mode=offline", "record.sweep=night")
 

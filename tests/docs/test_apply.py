@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from palimpsest.record.store import load_runs
+from palimpsest.record.results import load_runs
 
 PAGE = Path(__file__).parents[2] / "docs" / "apply.md"
 SECTION = PAGE.read_text(encoding="utf-8").partition("\n## In your own code\n")[2]

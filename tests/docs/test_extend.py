@@ -10,7 +10,7 @@ from statistics import fmean
 
 import pytest
 
-from palimpsest.record.store import load_runs
+from palimpsest.record.results import load_runs
 
 PAGE = Path(__file__).parents[2] / "docs" / "extend.md"
 BLOCKS = {

@@ -11,7 +11,7 @@ from palimpsest.errors import RequestError
 from palimpsest.model import architecture
 from palimpsest.model.architecture import TABLE, Architecture
 from palimpsest.model.site import NORMS
-from palimpsest.record.store import load_runs
+from palimpsest.record.results import load_runs
 from tests.architectures import test_exam as exam
 from tests.architectures.test_run import FEW, knowledge
 from tests.architectures.tiny import TINY, WORDS, Tiny, make_handle, padded, ragged

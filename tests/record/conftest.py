@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from palimpsest.record.results import Run, load_runs
 from palimpsest.record.row import Row
-from palimpsest.record.store import Run, RunStore, load_runs
+from palimpsest.record.store import RunStore
 
 LAYERS = (*range(0, 30, 3), 29)
 RELATIONS = ("P1376", "P36", "P103")

@@ -13,14 +13,9 @@ import pytest
 
 from palimpsest.errors import RequestError, WriteError
 from palimpsest.record.provenance import code
+from palimpsest.record.results import load_runs, load_unfinished
 from palimpsest.record.row import SCHEMA_VERSION, Row
-from palimpsest.record.store import (
-    RunStore,
-    check_earlier,
-    is_done,
-    load_runs,
-    load_unfinished,
-)
+from palimpsest.record.store import RunStore, check_earlier, is_done
 
 RUN = {"run_id": "0123456789ab", "method": "rome", "config": {"seed": 0}}
 

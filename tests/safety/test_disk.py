@@ -18,7 +18,7 @@ import wandb
 from palimpsest import cache, files
 from palimpsest.errors import RequestError, WriteError
 from palimpsest.evaluate.probes import Probes
-from palimpsest.record.store import load_runs, load_unfinished
+from palimpsest.record.results import load_runs, load_unfinished
 from tests.cli.test_kill import environment
 
 SECTIONED = "intervene=leace"

@@ -21,7 +21,7 @@ from palimpsest.facts.factfile import read
 from palimpsest.facts.pararel import ParaRel
 from palimpsest.intervene.controls import NoChange
 from palimpsest.model.load import Pretrained
-from palimpsest.record.store import load_runs
+from palimpsest.record.results import load_runs
 
 SOURCE = Path(__file__).parents[2] / "src"
 

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from palimpsest.errors import RequestError
+from palimpsest.record.results import Run
 from palimpsest.record.row import UPSTREAM, Row
-from palimpsest.record.store import Run
 from palimpsest.report.page import write_report
 from palimpsest.report.terminal import print_summary
 from palimpsest.study.against import COLUMNS, contrast, contrasts, to_csv

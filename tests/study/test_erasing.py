@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 from scipy.stats import spearmanr
 
+from palimpsest.record.results import Run, load_runs
 from palimpsest.record.row import Row
-from palimpsest.record.store import Run, load_runs
 from palimpsest.report.page import write_report
 from palimpsest.report.terminal import print_summary
 from palimpsest.study.erasing import Agreement, agreements, correlated, to_csv

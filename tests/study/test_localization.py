@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from palimpsest.record.results import Run, load_runs
 from palimpsest.record.row import Row
-from palimpsest.record.store import Run, RunStore, load_runs
+from palimpsest.record.store import RunStore
 from palimpsest.report.page import write_report
 from palimpsest.report.terminal import print_summary
 from palimpsest.study.localization import (

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from palimpsest.record.results import Run
 from palimpsest.record.row import UPSTREAM, Row
-from palimpsest.record.store import Run
 from palimpsest.study.intervals import resampling
 from palimpsest.study.recoverable import (
     ZONES,

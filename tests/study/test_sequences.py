@@ -6,13 +6,13 @@ import json
 import re
 
 import pytest
+from palimpsest.report.style import styles
 from rich.console import Console
 
+from palimpsest.record.results import load_runs
 from palimpsest.record.row import Row
-from palimpsest.record.store import load_runs
 from palimpsest.report import figures
 from palimpsest.report.page import write_report
-from palimpsest.report.style import styles
 from palimpsest.report.terminal import print_summary
 from palimpsest.study.sequences import columns, courses, gaps, heading
 from palimpsest.study.summary import summarise

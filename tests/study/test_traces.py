@@ -14,16 +14,17 @@ import matplotlib
 import matplotlib.image
 import numpy as np
 import pytest
-from rich.console import Console
-
-from palimpsest.record.row import Row
-from palimpsest.record.store import Run, RunStore, load_runs
-from palimpsest.report import trace_figures
-from palimpsest.report.page import write_report
 from palimpsest.report.tables import to_csv as headline_csv
-from palimpsest.report.terminal import print_summary
 from palimpsest.report.trace_pictures import write_view
 from palimpsest.report.trace_style import colour_stops, fact_title, limits, token_text
+from rich.console import Console
+
+from palimpsest.record.results import Run, load_runs
+from palimpsest.record.row import Row
+from palimpsest.record.store import RunStore
+from palimpsest.report import trace_figures
+from palimpsest.report.page import write_report
+from palimpsest.report.terminal import print_summary
 from palimpsest.study.summary import summarise
 from palimpsest.study.traces import (
     average_map,
