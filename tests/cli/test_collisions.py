@@ -11,7 +11,7 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from palimpsest.record.store import KEY
+from palimpsest.record.results import KEY
 from tests.cli.test_kill import check_like, environment, only
 
 SAME = [["intervene=none", f"protocol={name}"] for name in ("independent", "batch", "sequential")]

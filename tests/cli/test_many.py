@@ -51,12 +51,14 @@ def test_flags_may_stand_anywhere(call, few, tmp_path):
 
 
 def test_one_wrong_request_leaves_the_others_done(call, few, tmp_path):
-    outcome = call("run", "-m", *few, "intervene=none", "locate.layer=9,1")
+    outcome = call("run", "-m", *few, "intervene=leace", "locate.layer=9,1")
     assert outcome.code == 2
     [run] = load_runs(tmp_path / "results" / "runs")
-    wrong, right = sorted(outcome.err.splitlines())
-    assert wrong.startswith("error: expected a layer from 0 to 3 for model, found 9; set locate.l")
-    assert right == f"none: done: results/runs/{run.run_id}"
+    right, wrong = sorted(outcome.err.splitlines())
+    assert right == f"leace: done: results/runs/{run.run_id}"
+    assert wrong.startswith(
+        "locate.layer=9: error: expected a layer from 0 to 3 for model, found 9"
+    )
 
 
 def test_one_crash_leaves_the_others_done(call, few, tmp_path, monkeypatch):
@@ -64,7 +66,7 @@ def test_one_crash_leaves_the_others_done(call, few, tmp_path, monkeypatch):
     outcome = call("run", "-m", *few, "intervene=leace,none", "locate.layer=9,1")
     assert outcome.code == 1
     assert outcome.err.count("RuntimeError: boom") == 1
-    assert outcome.err.count("error: expected a layer") == 2
+    assert outcome.err.count("locate.layer=9 intervene=leace: error: expected a layer") == 1
     assert [run.method for run in load_runs(tmp_path / "results" / "runs")] == ["none"]
 
 

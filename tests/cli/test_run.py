@@ -18,8 +18,8 @@ from palimpsest.record.results import COLUMNS, KEY, load_runs
 
 RUN_JSON = {
     "run_id", "schema", "status", "method", "imitates", "site", "located", "model", "facts", "seed",
-    "sweep", "config", "versions", "git_commit", "code", "device", "seconds", "peak_mb",
-    "batch_sizes", "wandb", "command", "error", "started", "finished",
+    "requests", "measures", "sweep", "config", "versions", "git_commit", "code", "device",
+    "seconds", "peak_mb", "batch_sizes", "wandb", "command", "error", "started", "finished",
 }  # fmt: skip
 
 METHODS = ["none", "rome", "rome_batch", "rome_plain", "random_delta", "leace", "leace_shuffled"]
@@ -71,9 +71,12 @@ def test_a_run_leaves_exactly_these_files(done, name):
 def test_run_json_holds_what_the_contract_names(done, name):
     run = json.loads((done[name].path / "run.json").read_text())
     assert set(run) == RUN_JSON
-    assert (run["status"], run["error"], run["schema"], run["seed"]) == ("done", None, 1, 0)
+    assert (run["status"], run["error"], run["schema"], run["seed"]) == ("done", None, 2, 0)
     assert run["method"] == name.replace("rome_batch", "rome")
-    assert run["model"] == {"name": "model", "fingerprint": run["model"]["fingerprint"]}
+    assert set(run["model"]) == {"name", "fingerprint", "prefix"}
+    assert run["model"]["name"] == "model"
+    assert len(run["requests"]) == 1
+    assert all(len(keys) == 1 for keys in run["measures"].values())
     assert set(run["facts"]) == {"name", "fingerprint", "counts", "sizes"}
     assert set(run["seconds"]) == set(run["peak_mb"])
     assert set(run["seconds"]) == {"load", "locate", "split", "prepare", "fit", "measure"}
@@ -100,8 +103,8 @@ def test_rows_have_the_contract_s_columns_and_unique_keys(done, name):
         query = "DESCRIBE SELECT * FROM read_parquet(?)"
         described = database.execute(query, [path]).fetchall()
     assert {column: kind for column, kind, *_ in described} == COLUMNS
-    keys = Counter(tuple(getattr(row, key) for key in KEY) for row in done[name].rows)
-    assert max(keys.values()) == 1
+        keys = database.execute(f"SELECT {', '.join(KEY)} FROM read_parquet(?)", [path]).fetchall()
+    assert max(Counter(keys).values()) == 1
 
 
 @each_method
