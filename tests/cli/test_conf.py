@@ -80,7 +80,6 @@ def test_a_file_can_be_read_without_a_value_missing(group, option):
 
 
 PRESETS = {
-    ("evaluate", "quick"): "full",
     ("facts", "countries"): "world",
     ("intervene", "leace_shuffled"): "leace",
     ("intervene", "rome_plain"): "rome",
@@ -129,7 +128,11 @@ def own_default(field, made):
 
 @pytest.mark.parametrize(("group", "option"), PLAIN)
 def test_a_class_s_defaults_are_its_file_s_values(group, option):
-    found = list(valued(composed(f"{group}={option}")[group], group))
+    config = composed(f"{group}={option}")[group]
+    nodes = (
+        {group: config} if "_target_" in config else {f"{group}.{n}": v for n, v in config.items()}
+    )
+    found = [each for path, node in nodes.items() for each in valued(node, path)]
     differing = [each for each in found if each[1] != each[2] and each[0] not in CHOSEN]
     assert differing == []
 

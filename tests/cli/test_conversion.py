@@ -168,7 +168,7 @@ def test_the_files_hold_fields_of_every_kind():
 def test_every_file_s_own_values_are_of_the_declared_types(group, option):
     """Where a yaml says 10 for a float the class gets 10.0: types are those of the defaults."""
     made = instantiate(check_config(composed(f"{group}={option}")), _convert_="all")[group]
-    stack = [made]
+    stack = list(made.values()) if isinstance(made, dict) else [made]
     while stack:
         here = stack.pop()
         kinds = get_type_hints(type(here))
@@ -227,7 +227,7 @@ def test_the_same_of_erasers_lists_and_traces():
     [
         ("intervene.search.lr=1", "intervene.search.lr=1.0", "intervene.search.lr='1e0'"),
         ("facts.shares.target=0.08", "facts.shares.target='8e-2'"),
-        ("evaluate.recoverability.strengths=[1]", "evaluate.recoverability.strengths=[1.0]"),
+        ("evaluate.probes.strengths=[1]", "evaluate.probes.strengths=[1.0]"),
         ("intervene=alphaedit intervene.ridge=10", "intervene=alphaedit intervene.ridge=1e1"),
         ("intervene=ft_l intervene.bound=1", "intervene=ft_l intervene.bound=1.0"),
         ("intervene=memit intervene.weight=9", "intervene=memit intervene.weight=9e0"),

@@ -277,7 +277,7 @@ def test_parts(case, call, few, tmp_path):
 def test_many_results_without_a_place(call, few):
     outcome = call("run", "-m", *few, "record.dir=a_file", "seed=0,1")
     assert outcome.code == 2
-    line = r"error: cannot write .*a_file/.*: Not a directory; free.*\n"
+    line = r"seed=\d: error: cannot write .*a_file/.*: Not a directory; free.*\n"
     assert re.fullmatch(f"({line}){{2}}", outcome.err)
 
 

@@ -5,7 +5,7 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from palimpsest.evaluate.recoverability import Recoverability
+from palimpsest.evaluate.probes import Probes
 
 from palimpsest.cli import main
 from palimpsest.cli.signals import stoppable
@@ -53,8 +53,8 @@ def sending(number, times=1):
     ("number", "place", "name", "words"),
     [
         (signal.SIGTERM, ValueSearch, "find", ["intervene=rome"]),
-        (signal.SIGHUP, Recoverability, "measure", ["intervene=rome"]),
-        (signal.SIGINT, Recoverability, "measure", ["intervene=leace"]),
+        (signal.SIGHUP, Probes, "measure", ["intervene=rome"]),
+        (signal.SIGINT, Probes, "measure", ["intervene=leace"]),
         (signal.SIGTERM, RunStore, "write_facts", ["intervene=leace"]),
     ],
     ids=["fit", "measure an edit", "measure an erasure", "write"],
@@ -87,7 +87,7 @@ def test_a_signal_before_the_run_has_a_directory_leaves_none(
 
 
 def test_a_signal_ends_a_grid(call, few, tmp_path, monkeypatch):
-    monkeypatch.setattr(Recoverability, "measure", sending(signal.SIGTERM))
+    monkeypatch.setattr(Probes, "measure", sending(signal.SIGTERM))
     outcome = call("run", "-m", *few, "intervene=none,leace")
     assert (outcome.code, outcome.err) == (1, "stopped by SIGTERM\n")
     assert unfinished(tmp_path)["method"] == "none"
@@ -102,7 +102,7 @@ def test_a_second_signal_does_not_disturb_the_clean_up(call, few, tmp_path, monk
         fail(store, error)
 
     monkeypatch.setattr(RunStore, "fail", disturbed)
-    monkeypatch.setattr(Recoverability, "measure", sending(signal.SIGTERM))
+    monkeypatch.setattr(Probes, "measure", sending(signal.SIGTERM))
     outcome = call("run", *few, "intervene=leace")
     assert (outcome.code, outcome.err) == (1, "stopped by SIGTERM\n")
     assert unfinished(tmp_path)["error"] == "stopped by SIGTERM"

@@ -162,6 +162,8 @@ class Grid:
         )
         try:
             returned = launcher.launch([job.overrides for job in jobs], initial_job_idx=0)
+        except OSError:  # a place that cannot be written
+            raise
         except Exception as error:
             return [error for _ in jobs]
         return [_outcome(each) for each in returned]
