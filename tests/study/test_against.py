@@ -6,20 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from palimpsest.errors import RequestError
 from palimpsest.record.results import Run
 from palimpsest.record.row import UPSTREAM, Row
-from palimpsest.report.page import write_report
-from palimpsest.report.terminal import print_summary
-from palimpsest.study.against import COLUMNS, contrast, contrasts, to_csv
-from palimpsest.study.columns import HEADLINE
-from palimpsest.study.intervals import RESAMPLES, resampling
-from palimpsest.study.recoverable import recoverable, recoverable_beyond
+from palimpsest.study import recoverable as index
+from palimpsest.study.against import COLUMNS, Against, contrasts, differences
+from palimpsest.study.columns import HEADLINE, Column
+from palimpsest.study.intervals import RESAMPLES, Estimate, resampling
 from palimpsest.study.summary import summarise
+from tests.study.reading import csv_of, of, printed, write_report
 from tests.study.test_localization import written
-from tests.study.test_recoverable import FACTS, attack, probe, run_of, share
+from tests.study.test_recoverable import FACTS, attack, probe, recoverable, run_of, share
 
 [PARAPHRASE] = [column for column in HEADLINE if column.title == "paraphrase"]
 [PERPLEXITY] = [column for column in HEADLINE if column.title == "perplexity"]
@@ -37,6 +35,16 @@ def said(values: dict[str, float | None], prompts: int = 1, first: int = 0) -> l
         for fact, value in values.items()
         for n in range(first, first + prompts)
     ]  # fmt: skip
+
+
+def contrast(column: Column, run: Run, reference: Run) -> Estimate:
+    results = of(run, reference)
+    [one, other] = [next(s for s in summarise(results) if s.run is r) for r in (run, reference)]
+    return differences(results, other, [one])[column.key][run.run_id]
+
+
+def recoverable_beyond(run: Run, other: Run) -> Estimate:
+    return index.recoverable_beyond(of(run, other), run.run_id, other.run_id)
 
 
 def pair(path: Path, first: list[Row], second: list[Row]) -> tuple[Run, Run]:
@@ -173,7 +181,7 @@ def test_an_index_of_other_facts_is_not_compared(tmp_path: Path) -> None:
 
 
 def test_every_other_run_has_a_line_with_every_number(runs: list[Run]) -> None:
-    found = contrasts(summarise(runs), "memit")
+    found = contrasts(of(*runs), "memit")
     assert found.reference.method == "memit"
     assert len(found.lines) == len(runs) - 1
     assert not found.unlike
@@ -189,22 +197,22 @@ def test_runs_that_were_asked_something_else_are_left_out(tmp_path: Path) -> Non
         written(tmp_path, "b", rows, method="memit"),
         written(tmp_path, "c", rows, method="emmet", seed=1),
         written(tmp_path, "d", rows, method="r_rome", model={"fingerprint": "other"}),
-        written(tmp_path, "e", rows, method="ft", config={"evaluate": {"stride": 9}}),
+        written(tmp_path, "e", rows, method="ft", config={"facts": {"test": 9}}),
         written(tmp_path, "f", rows[1:], method="ft_l"),
         written(tmp_path, "g", rows, method="alphaedit", facts={"fingerprint": "other"}),
         written(tmp_path, "h", rows, method="scrub", config={"model": {"prefix": "x"}}),
     ]
-    found = contrasts(summarise(runs), "rome")
+    found = contrasts(of(*runs), "rome")
     assert [line.summary.method for line in found.lines] == ["memit"]
     assert sorted(found.unlike) == ["alphaedit", "emmet", "ft", "ft_l", "r_rome", "scrub"]
-    alone = summarise(runs[1:3])
+    alone = runs[1:3]
     with pytest.raises(RequestError, match="expected other runs that were asked the same as memit"):
-        contrasts(alone, "memit")
+        contrasts(of(*alone), "memit")
 
 
 def test_of_traces_alone_nothing_is_compared() -> None:
     with pytest.raises(RequestError, match="found 'rome'; only traces are here"):
-        contrasts([], "rome")
+        contrasts(of(), "rome")
 
 
 @pytest.mark.parametrize(
@@ -216,15 +224,17 @@ def test_of_traces_alone_nothing_is_compared() -> None:
 )
 def test_a_reference_that_is_no_run_is_refused(runs: list[Run], name: str, message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        contrasts(summarise(runs), name)
+        contrasts(of(*runs), name)
 
 
 # -- the views -------------------------------------------------------------------------------------
 
 
 def test_csv_has_a_line_a_number(runs: list[Run]) -> None:
-    found = contrasts(summarise(runs), "rome [variant=plain]")
-    lines = list(csv.DictReader(io.StringIO(to_csv(found))))
+    found = contrasts(of(*runs), "rome [variant=plain]")
+    lines = list(
+        csv.DictReader(io.StringIO(csv_of(Against("rome [variant=plain]").read(of(*runs)))))
+    )
     assert len(lines) == len(found.lines) * len(COLUMNS)
     assert {line["against"] for line in lines} == {found.reference.run.run_id}
     [memit] = [x for x in lines if x["method"] == "memit" and x["number"] == PARAPHRASE.key]
@@ -241,9 +251,7 @@ def test_the_page_sets_runs_against_the_named_one(sweep: Path) -> None:
 
 
 def lines_of(runs: list[Run], name: str) -> list[str]:
-    console = Console(file=io.StringIO(), width=110)
-    print_summary(runs, console, name)
-    return console.file.getvalue().splitlines()
+    return printed(of(*runs), 110, name).splitlines()
 
 
 def test_the_terminal_stars_what_differs(tmp_path: Path) -> None:
@@ -259,7 +267,7 @@ def test_the_terminal_stars_what_differs(tmp_path: Path) -> None:
     assert memit.split()[1 + COLUMNS.index(PARAPHRASE)] == "+.50*"
     assert memit.split()[1 + COLUMNS.index(PERPLEXITY)] == "+10.5"
     assert max(map(len, lines)) <= 110
-    assert lines[-1].endswith("seed: emmet")
+    assert lines[-1].endswith("seed: emmet.")
 
 
 def test_the_reference_is_named_by_its_whole_label(tmp_path: Path) -> None:
@@ -268,6 +276,5 @@ def test_the_reference_is_named_by_its_whole_label(tmp_path: Path) -> None:
         written(tmp_path, name, rows, method="rome", config={"intervene": {"variant": name}})
         for name in ("plain", "[/b]")
     ]
-    for run in summarise(runs):
-        shown = "".join(line.strip() for line in lines_of(runs, run.label))
-        assert f"less {run.label}" in shown
+    for run in summarise(of(*runs)):
+        assert f"Against {run.label}, fact by fact" in lines_of(runs, run.label)

@@ -1,10 +1,22 @@
 """Estimates: facts are the unit, prompts are averaged first, intervals are reproducible."""
 
+from itertools import count
+
 import numpy as np
 import pytest
 
 from palimpsest.record.row import Row
-from palimpsest.study.intervals import _medians, estimate, interval, resampling
+from palimpsest.study.intervals import (
+    Estimate,
+    Sample,
+    _medians,
+    estimates,
+    interval,
+    intervals,
+    resampling,
+)
+from palimpsest.study.samples import picked, samples
+from tests.study.reading import of
 
 
 def row(value, fact=None, relation="P36", **more) -> Row:
@@ -12,18 +24,35 @@ def row(value, fact=None, relation="P36", **more) -> Row:
     return Row(**about, value=value, fact_id=fact, relation=relation, **more)
 
 
-def test_prompts_are_averaged_before_facts():
+@pytest.fixture
+def estimate(write_run):
+    """The estimate of some rows, by way of a run's file."""
+    runs = count()
+
+    def made(rows, center="mean", place=None) -> Estimate:
+        run = write_run(*rows, run_id=f"{next(runs):012d}")
+        found = samples(of(run), picked("true"))
+        empty = Sample(np.empty(0), (), ())
+        sample = next(iter(found.values()), empty)
+        return estimates({0: sample}, center, {0: place})[0]
+
+    return made
+
+
+def test_prompts_are_averaged_before_facts(estimate):
     rows = [row(1.0, "a", prompt_id=str(i)) for i in range(3)] + [row(0.0, "b")]
     found = estimate(rows)
     assert (found.value, found.n) == (0.5, 2)
 
 
-def test_median_over_facts():
-    rows = [row(v, f) for v, f in ((1.0, "a"), (3.0, "a"), (50.0, "b"), (4.0, "c"))]
+def test_median_over_facts(estimate):
+    rows = [
+        row(v, f, prompt_id=str(v)) for v, f in ((1.0, "a"), (3.0, "a"), (50.0, "b"), (4.0, "c"))
+    ]
     assert estimate(rows, "median").value == 4.0
 
 
-def test_constant_samples_have_no_width():
+def test_constant_samples_have_no_width(estimate):
     found = estimate([row(0.1, str(i)) for i in range(7)])
     assert (found.low, found.high) == (0.1, 0.1)
     assert found.value == pytest.approx(0.1)
@@ -49,7 +78,7 @@ def test_from_ten_relations_on_whole_relations_are_resampled():
     assert (low, high) == pytest.approx((0.2, 0.8), abs=0.1)  # ten units, not two hundred
 
 
-def test_single_facts_of_few_relations_have_no_interval():
+def test_single_facts_of_few_relations_have_no_interval(estimate):
     assert interval(np.array([0.0, 1.0]), ("a", "b")) == (None, None)
     assert estimate([row(1.0, "a")]).low is None
 
@@ -67,12 +96,12 @@ def test_medians_of_resamples_equal_medians_of_the_repeated_values():
     assert _medians(values, weights) == pytest.approx(wanted)
 
 
-def test_aggregates_have_a_value_and_no_interval():
+def test_aggregates_have_a_value_and_no_interval(estimate):
     found = estimate([row(2.0, n=1), row(5.0, n=3, relation="P37")])
     assert (found.value, found.low, found.n) == (4.25, None, 4)
 
 
-def test_missing_values_tell_their_cause():
+def test_missing_values_tell_their_cause(estimate):
     assert estimate([]).note == "not measured"
     gone = [row(None, "a", note="no probe"), row(None, "b", note="no probe")]
     assert (estimate(gone).value, estimate(gone).note) == (None, "no probe")
@@ -80,3 +109,12 @@ def test_missing_values_tell_their_cause():
     assert some.value == 0.5
     assert some.n == 2
     assert (some.note, some.place) == ("1 of 3 values missing: no probe", "layer 3")
+
+
+def test_many_quantities_at_once_have_the_intervals_of_each():
+    random = np.random.default_rng(0)
+    values = np.vstack([random.random((6, 24)), np.full(24, 0.1)])
+    relations = ("a", "b", "b") * 8
+    for center in ("mean", "median"):
+        wanted = [interval(row, relations, center) for row in values]
+        np.testing.assert_allclose(intervals(values, relations, center), wanted, rtol=1e-12)

@@ -8,15 +8,10 @@ import pytest
 
 from palimpsest.record.results import Run
 from palimpsest.record.row import UPSTREAM, Row
-from palimpsest.study.intervals import resampling
-from palimpsest.study.recoverable import (
-    ZONES,
-    attacks,
-    optimism,
-    profile,
-    recoverable,
-    successes,
-)
+from palimpsest.study import recoverable as index
+from palimpsest.study.intervals import Estimate, resampling
+from palimpsest.study.recoverable import ZONES, optimism, profiles, readings
+from tests.study.reading import of
 from tests.study.test_localization import written
 
 FACTS = [f"f{n:02}" for n in range(24)]
@@ -56,12 +51,20 @@ def probe(
 
 def run_of(directory: Path, *rows: Iterator[Row]) -> Run:
     flat = {row: None for some in rows for row in some}
-    return written(directory, "run", list(flat), method="rome")
+    return written(directory.parent, directory.name, list(flat), method="rome")
 
 
-def share(of: float) -> Hits:
+def recoverable(run: Run) -> Estimate:
+    return index.recoverable(of(run))[run.run_id]
+
+
+def profile(run: Run) -> dict[str, Estimate]:
+    return profiles(of(run)).get(run.run_id, {})
+
+
+def share(part: float) -> Hits:
     """Hits for so many of the facts, spread."""
-    return {fact: float(n % 4 < of * 4) for n, fact in enumerate(FACTS)}
+    return {fact: float(n % 4 < part * 4) for n, fact in enumerate(FACTS)}
 
 
 def test_the_strongest_attack_counts_beyond_its_own_chance(tmp_path: Path) -> None:
@@ -114,9 +117,7 @@ def test_a_maximum_over_many_attacks_on_noise_is_no_discovery(tmp_path: Path) ->
         for layer, hits in enumerate(draws)
     ]
     run = run_of(tmp_path, *rows)
-    best = max(
-        np.mean(list(each.success.values())) for each in attacks(run, successes(run)).values()
-    )
+    best = max(np.mean(each.success) for each in readings(of(run))[run.run_id])
     assert (best - 0.2) / 0.8 > 0.15
     assert recoverable(run).value < 0.1
 

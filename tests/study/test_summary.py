@@ -3,8 +3,10 @@
 import pytest
 
 from palimpsest.record.row import Row
+from palimpsest.study.curves import curves
 from palimpsest.study.labels import differences, labels
-from palimpsest.study.summary import curve, details, summarise
+from palimpsest.study.summary import details, summarise
+from tests.study.reading import of
 
 
 def rows_of(axis, metric, protocol, *values, **more):
@@ -21,7 +23,7 @@ def probe(protocol, *values, layer, **more):
 
 
 def value(run, key):
-    [summary] = summarise([run])
+    [summary] = summarise(of(run))
     return summary.values[key]
 
 
@@ -33,7 +35,7 @@ def test_suppression_is_read_on_paraphrases_and_not_on_the_fitted_prompt(write_r
         *rows_of(*suppressed, 0.0, 0.0, prompt_id="paraphrase/1"),
     )
     assert value(run, "downstream/suppression/candidates").value == 0.25
-    [in_sample] = [d for d in details(summarise([run])) if "in-sample" in d.place]
+    [in_sample] = [d for d in details(of(run)) if "in-sample" in d.place]
     assert in_sample.values[0].value == 1.0
 
 
@@ -98,17 +100,23 @@ def test_attacks_do_not_enter_the_headline(write_run):
     assert value(run, "recoverability/probe_accuracy/frozen").value == 0.5
 
 
-def test_a_point_is_upstream_only_where_no_value_can_be_reached():
+def test_a_point_is_upstream_only_where_no_value_can_be_reached(write_run):
     note = "unchanged by construction; oracle_gate"
-    rows = [*probe("frozen", 1.0, layer=1, note=note), *probe("frozen", None, layer=1, note="x")]
-    mixed = [*probe("frozen", 1.0, layer=2, note=note), *probe("frozen", 1.0, 0.0, layer=2)]
-    assert [(p.layer, p.upstream) for p in curve([*rows, *mixed])] == [(1, True), (2, False)]
+    rows = [*probe("frozen", 1.0, layer=1, note=note)]
+    rows += probe("frozen", None, layer=1, note="x", prompt_id="1")
+    mixed = [
+        *probe("frozen", 1.0, layer=2, note=note),
+        *probe("frozen", 1.0, 0.0, layer=2, prompt_id="1"),
+    ]
+    [points] = curves(of(write_run(*rows, *mixed)), "true").values()
+    assert [(p.layer, p.upstream) for p in points] == [(1, True), (2, False)]
 
 
 def test_curves_leave_out_layers_without_values(write_run):
     rows = [*probe("frozen", 1.0, 0.0, layer=1, note="unchanged by construction")]
     rows += [*probe("frozen", None, None, layer=2, note="x"), *probe("frozen", 1.0, 1.0, layer=3)]
-    found = [(p.layer, p.estimate.value, p.upstream) for p in curve(rows)]
+    [points] = curves(of(write_run(*rows)), "true").values()
+    found = [(p.layer, p.estimate.value, p.upstream) for p in points]
     assert found == [(1, 0.5, True), (3, 1.0, False)]
 
 
@@ -119,7 +127,7 @@ def test_cost_layers_are_apart_only_where_there_are_several(write_run):
         *rows_of("cost", "delta_norm", "frobenius", 4.0, 4.0, layer=6),
         run_id="ab0000000002",
     )
-    found = {d.place: [v and v.value for v in d.values] for d in details(summarise([one, two]))}
+    found = {d.place: [v and v.value for v in d.values] for d in details(of(one, two))}
     assert found == {
         "target": [2.0, None],
         "target, layer 5": [None, 2.0],
@@ -128,7 +136,7 @@ def test_cost_layers_are_apart_only_where_there_are_several(write_run):
 
 
 def test_unchanged_model_first_and_controls_after_what_they_imitate(runs):
-    found = summarise(runs)
+    found = summarise(of(*runs))
     names = [summary.label for summary in found]
     assert names == [
         "none",

@@ -1,14 +1,13 @@
 """The undertext map holds what was measured, method by method."""
 
-from dataclasses import replace
 from functools import partial
 
 import pytest
 
 from palimpsest.record.row import UPSTREAM, Row
-from palimpsest.report.undertext import figure
 from palimpsest.study.summary import summarise
-from palimpsest.study.undertext import undertext
+from palimpsest.study.undertext import Undertext, figure, undertext
+from tests.study.reading import of
 
 GROUPS = ("last_subject", "last_prompt")
 LAYERS = (0, 15, 29)
@@ -29,18 +28,19 @@ def rows(begins: int | None, old: float, new: float, relation: str = "r", n: int
 
 
 @pytest.fixture
-def summaries(runs):
+def results(runs, write_run):
     mapped = [
-        replace(runs[0], rows=[*runs[0].rows, *rows(None, 0.6, 0.0)]),
-        replace(runs[1], rows=[*runs[1].rows, *rows(15, 0.1, 0.5)]),
-        *runs[2:],
-    ]
-    return summarise(mapped)
+        write_run(*some.rows, *rows(*begins), run_id=some.run_id, method=some.method,
+                  config=some.run["config"])
+        for some, begins in zip(runs[:2], ((None, 0.6, 0.0), (15, 0.1, 0.5)), strict=True)
+    ]  # fmt: skip
+    return of(*mapped, *runs[2:])
 
 
-def test_every_method_with_a_map_has_a_row_of_two(summaries):
-    drawn = figure(summaries)
-    shown = [s for s in summaries if undertext(s.run, "legibility_old")]
+def test_every_method_with_a_map_has_a_row_of_two(results):
+    drawn = figure(results)
+    maps = undertext(results)
+    shown = [s for s in summarise(results) if (s.run.run_id, "legibility_old") in maps]
     assert len(shown) == 2
     assert len(drawn.data) == 4
     titles = [note.text for note in drawn.layout.annotations]
@@ -52,18 +52,19 @@ def test_every_method_with_a_map_has_a_row_of_two(summaries):
     assert drawn.data[3].z[1] == pytest.approx((0.5, 0.5, 0.5))
 
 
-def test_the_line_stands_where_the_change_begins(summaries):
-    lines = figure(summaries).layout.shapes
+def test_the_line_stands_where_the_change_begins(results):
+    lines = figure(results).layout.shapes
     assert {line.x0 for line in lines} == {15}
     assert len(lines) == 2  # the unchanged model has none
 
 
-def test_relations_weigh_by_their_facts(runs):
-    both = replace(runs[0], rows=[*rows(None, 0.0, 0.2, "a", 30), *rows(None, 0.0, 0.8, "b", 10)])
-    found = undertext(both, "legibility_new")
-    assert list(found.values()) == pytest.approx([0.35] * 6)
-    assert ("further", 29) not in undertext(both, "legibility_old")
+def test_relations_weigh_by_their_facts(write_run):
+    run = write_run(*rows(None, 0.0, 0.2, "a", 30), *rows(None, 0.0, 0.8, "b", 10))
+    found = undertext(of(run))
+    assert list(found[run.run_id, "legibility_new"].values()) == pytest.approx([0.35] * 6)
+    assert ("further", 29) not in found[run.run_id, "legibility_old"]
 
 
 def test_runs_without_a_map_have_no_figure(runs):
-    assert figure(summarise(runs)) is None
+    assert figure(of(*runs)) is None
+    assert Undertext().read(of(*runs)) == ()

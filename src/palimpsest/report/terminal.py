@@ -93,7 +93,7 @@ def _width(shown: Shown, lines: Sequence[Sequence[str]], gap: int) -> int:
     heads = [cell_len(heading.short or heading.title) for _, heading in shown]
     columns = list(zip(*lines, strict=True)) or [()] * len(shown)
     widest = [max([head, *map(cell_len, c)]) for head, c in zip(heads, columns, strict=True)]
-    return sum(widest) + gap * (len(shown) - 1)
+    return sum(widest) + (gap + 1) * (len(shown) - 1)
 
 
 def _legend(table: Table, told: set[tuple[str, str]]) -> Iterator[Text]:

@@ -28,7 +28,8 @@ def labels(runs: Sequence[Run]) -> list[str]:
 def differences(runs: Sequence[Run]) -> list[dict[str, str]]:
     """For each run, the settings that not all runs share: dotted path and value as text."""
     configs = [leaves(run.run.get("config", {})) for run in runs]
-    return [_shown(config, _varying(configs)) for config in configs]
+    varying = _varying(configs)
+    return [_shown(config, varying) for config in configs]
 
 
 def leaves(config: Any, prefix: str = "") -> Leaves:

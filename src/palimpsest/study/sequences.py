@@ -263,7 +263,7 @@ def _prepare(results: Results, edited: Mapping[str, Stages], beside: Mapping[str
                 ]
     results.query(
         "CREATE OR REPLACE TEMP TABLE stages AS SELECT * FROM "
-        f"(VALUES {', '.join(stages)}) AS v (run_id, stage, at)"
+        f"(VALUES {', '.join(stages)}) AS v (run_id, stage, after)"
     )
     results.query(
         "CREATE OR REPLACE TEMP TABLE edited AS SELECT * FROM "
@@ -279,7 +279,7 @@ def _values(results: Results) -> dict[tuple[str, int, int], Estimate]:
     )
     # one score over all facts says nothing of some of them
     condition = """budget IS NULL AND starts_with(coalesce(prompt_id, ''), q.prompt)
-        AND step IS NOT DISTINCT FROM at AND NOT (at IS NULL AND q.metric = 'score')
+        AND step IS NOT DISTINCT FROM after AND NOT (after IS NULL AND q.metric = 'score')
         AND (compared.fact_id IS NULL OR (early IS NOT NULL AND (early OR NOT first)))"""
     found = f"""SELECT * REPLACE (NULL::INTEGER AS step) FROM ({
         picked(condition, "item", "stages.stage")

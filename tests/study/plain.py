@@ -1,0 +1,448 @@
+"""The headline numbers worked out row by row, as they were before SQL: slow, and plain to read."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from palimpsest.record.results import Run
+from palimpsest.record.row import Row
+from palimpsest.study.columns import HEADLINE, REFITTED, Column, old_rank, probe_frozen, probe_refit
+from palimpsest.study.intervals import (
+    Center,
+    Estimate,
+    Floats,
+    _medians,
+    ends,
+    resampling,
+    varies,
+    weighted_mean,
+)
+from palimpsest.study.recoverable import BUDGET, LEAST, PROBES, ZONES, left_out, optimism
+from palimpsest.study.recoverable import recoverable as index
+
+Place = tuple[str, int, str]
+
+
+def estimate(rows: Sequence[Row], center: Center = "mean", place: str | None = None) -> Estimate:
+    """The centre of the facts' values, where a fact's value is the mean over its prompts.
+
+    Rows without a fact are aggregates: they are averaged with weight n and have no interval.
+
+    Args:
+        rows: rows of one quantity; missing values are left out and counted in the note.
+        center: how facts are combined.
+        place: where the rows were read, to be told with the value.
+    """
+    present = [row for row in rows if row.value is not None]
+    note = _absence(rows)
+    if not present:
+        return Estimate(None, note=note or "not measured", place=place)
+    if all(row.fact_id is None for row in present):
+        value, n = _aggregate(present)
+        return Estimate(value, n=n, note=note, place=place)
+    found = facts_of(present).values()
+    values = np.array([value for value, _ in found])
+    low, high = interval(values, tuple(relation for _, relation in found), center)
+    return Estimate(_center(values, center), low, high, len(values), note, place)
+
+
+def interval(
+    values: Floats, relations: tuple[str | None, ...], center: Center = "mean"
+) -> tuple[float, float] | tuple[None, None]:
+    """95% percentile bootstrap over facts, seeded.
+
+    Whole relations are resampled when there are ten or more, else facts within each relation (the
+    inference is then conditional on the relations).
+
+    Args:
+        values: [facts] one value per fact.
+        relations: [facts] each fact's relation.
+        center: the statistic.
+
+    Returns:
+        Both ends, or two Nones where nothing can vary: fewer than ten relations of one fact each.
+    """
+    if not varies(relations):
+        return None, None
+    if np.ptp(values) == 0:
+        return float(values[0]), float(values[0])
+    weights = resampling(relations)
+    return ends(weighted_mean(values, weights) if center == "mean" else _medians(values, weights))
+
+
+def facts_of(rows: Sequence[Row]) -> dict[str, tuple[float, str | None]]:
+    """By fact, the mean of its values, and its relation; rows without either are left out."""
+    values: dict[str, list[float]] = {}
+    relations: dict[str, str | None] = {}
+    for row in rows:
+        if row.fact_id is not None and row.value is not None:
+            values.setdefault(row.fact_id, []).append(row.value)
+            relations[row.fact_id] = row.relation
+    return {fact: (float(np.mean(values[fact])), relations[fact]) for fact in sorted(values)}
+
+
+def _aggregate(rows: Sequence[Row]) -> tuple[float, int]:
+    """The rows' mean with weight n, and the sum of the weights."""
+    weights = [max(row.n, 1) for row in rows]
+    values = [row.value for row in rows if row.value is not None]
+    return float(np.average(values, weights=weights)), sum(weights)
+
+
+def _absence(rows: Sequence[Row]) -> str | None:
+    """Why values are missing: the rows' notes, and for how many facts if only for some."""
+    missing = [row for row in rows if row.value is None]
+    if not missing:
+        return None
+    causes = "; ".join(sorted({row.note or "no cause given" for row in missing}))
+    if len(missing) == len(rows):
+        return causes
+    return f"{len(missing)} of {len(rows)} values missing: {causes}"
+
+
+def _center(values: Floats, center: Center) -> float:
+    return float(np.mean(values) if center == "mean" else np.median(values))
+
+
+def rows_of(
+    metric: str, protocol: str, prompt: str = "", **equal: str | int | None
+) -> Callable[[Run], list[Row]]:
+    """Select a metric's rows from prompts whose id starts with `prompt`.
+
+    Without a `step` among the columns that are to be equal: those after the last edit.
+    """
+
+    def select(run: Run) -> list[Row]:
+        found = run.select(metric, protocol, budget=None, **equal)
+        return [row for row in last_step(found) if (row.prompt_id or "").startswith(prompt)]
+
+    return select
+
+
+def last_step(rows: Sequence[Row]) -> list[Row]:
+    """The rows that describe the run's end: those without a step, else those of the last one."""
+    steps = {row.step for row in rows}
+    last = None if None in steps else max((s for s in steps if s is not None), default=None)
+    return [row for row in rows if row.step == last]
+
+
+def probe_rows(run: Run, protocol: str, position: str = "last_prompt") -> list[Row]:
+    """A probe's rows on the facts that every method changes, at all layers."""
+    return rows_of("probe_accuracy", protocol, split="target", position=position)(run)
+
+
+def frozen(run: Run) -> Estimate:
+    """Accuracy of probes trained on the unchanged model, at the deepest measured layer."""
+    layer = _deepest(_probes(run))
+    rows = [row for row in probe_rows(run, "frozen") if row.layer == layer]
+    return estimate(rows, place=_at(layer))
+
+
+def refit(run: Run) -> Estimate:
+    """The same place, probes trained after the change: retrained ones, or else adaptive ones."""
+    layer = _deepest(_probes(run))
+    named = [(name, [r for r in probe_rows(run, name) if r.layer == layer]) for name in REFITTED]
+    for name, rows in named:
+        if any(row.value is not None for row in rows):
+            return estimate(rows, place=f"{name}, {_at(layer)}")
+    return estimate([row for _, rows in named for row in rows], place=_at(layer))
+
+
+def rank(run: Run) -> Estimate:
+    """Median rank of the old object under the logit lens at the deepest measured layer."""
+    rows = rows_of("lens_rank_old", "logit_lens", position="last_prompt")(run)
+    layer = _deepest(rows)
+    return estimate([row for row in rows if row.layer == layer], "median", _at(layer))
+
+
+def _probes(run: Run) -> list[Row]:
+    return [row for name in ("frozen", *REFITTED) for row in probe_rows(run, name)]
+
+
+def _deepest(rows: Sequence[Row]) -> int | None:
+    return max((row.layer for row in rows if row.layer is not None), default=None)
+
+
+def _at(layer: int | None) -> str | None:
+    return None if layer is None else f"layer {layer}"
+
+
+def headline(run: Run) -> dict[str, Estimate]:
+    """The headline numbers of a run, by column key."""
+    return {column.key: read(column, run) for column in HEADLINE}
+
+
+def read(column: Column, run: Run) -> Estimate:
+    """One of them."""
+    if column.rows:
+        return estimate(asked(column, run))
+    slow: dict[Any, Callable[[Run], Estimate]] = {
+        index: recoverable, probe_frozen: frozen, probe_refit: refit, old_rank: rank,
+    }  # fmt: skip
+    return slow[column.read](run)
+
+
+def asked(column: Column, run: Run) -> list[Row]:
+    """The rows of a mean."""
+    q = column.rows
+    equal = {"split": q.split} if q.split else {}
+    return rows_of(q.metric, q.protocol, q.prompt, **equal)(run)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one attack finds.
+
+    Attributes:
+        success: by fact, in [0, 1].
+        baseline: the mean of the same attack on objects that have nothing to do with the fact; for
+            probes the share of the most common object.
+    """
+
+    success: Mapping[str, float]
+    baseline: float
+
+    def corrected(self, facts: Sequence[str]) -> list[float]:
+        """(s − b) / (1 − b) of some facts: 0 is what finds nothing, 1 what always finds."""
+        if self.baseline >= 1:
+            return [0.0] * len(facts)
+        return [(self.success[fact] - self.baseline) / (1 - self.baseline) for fact in facts]
+
+
+def recoverable(run: Run) -> Estimate:
+    """The index in [0, 1], chance-corrected, with an interval over facts.
+
+    States count at or after the change only; of an unchanged model all do.
+    """
+    return _index(_strongest(run, _reached(run)))
+
+
+def recoverable_beyond(run: Run, other: Run) -> Estimate:
+    """By how much the index of one run exceeds another's, like for like and fact by fact.
+
+    Both sides are asked in words and at the layers and positions that count for both, and of the
+    facts that have a value on both. Either is what the strongest attack finds that is defined for
+    it, less its optimism, and at least 0. The interval is over facts, each with its value on both
+    sides.
+    """
+    rows = [_reached(each) for each in (run, other)]
+    shared = set.intersection(*({_place(row)[1:] for row in some} for some in rows))
+    alike = [[row for row in some if _place(row)[1:] in shared] for some in rows]
+    first, second = (_strongest(each, some) for each, some in zip((run, other), alike, strict=True))
+    for side in (first, second):
+        if isinstance(side, Estimate):
+            return side
+    assert isinstance(first, Best)
+    assert isinstance(second, Best)
+    common = {*first.facts} & {*second.facts}
+    lacking = len({*first.facts} | {*second.facts}) - len(common)
+    if not lacking:
+        return _beyond(first, second)
+    kept = [[row for row in some if row.fact_id in common] for some in alike]
+    first, second = (_strongest(each, some) for each, some in zip((run, other), kept, strict=True))
+    if isinstance(first, Estimate) or isinstance(second, Estimate):
+        return Estimate(None, note=f"fewer than {LEAST} facts have a value on both sides")
+    return replace(_beyond(first, second), note=left_out(lacking))
+
+
+def _beyond(first: "Best", second: "Best") -> Estimate:
+    """The difference of two indices over the same facts."""
+    place = f"{first.place}, against {second.place}"
+    value = first.index(first.values.mean()) - second.index(second.values.mean())
+    low = high = None
+    if varies(first.owners):
+        weights = resampling(first.owners)
+        one, two = (each.index(weighted_mean(each.values, weights)) for each in (first, second))
+        low, high = ends(one - two)
+    return Estimate(float(value), low, high, len(first.facts), place=place)
+
+
+def profile(run: Run) -> dict[str, Estimate]:
+    """The same index of the places of each zone by themselves, by its name in `ZONES`.
+
+    Zones without places are left out; of an unchanged model there are none.
+    """
+    rows = successes(run)
+    reached = [row.layer for row in rows if row.layer is not None and not row.upstream]
+    if not reached:
+        return {}
+    zones: dict[str, list[Row]] = {zone: [] for zone in ZONES}
+    for row in rows:
+        zones[_zone(row, min(reached))].append(row)
+    return {zone: _index(_strongest(run, some)) for zone, some in zones.items() if some}
+
+
+def _zone(row: Row, site: int) -> str:
+    if row.layer is None:
+        return ZONES[3]
+    if row.upstream:
+        return ZONES[0]
+    return ZONES[1] if row.layer == site else ZONES[2]
+
+
+@dataclass(frozen=True)
+class Best:
+    """The strongest of many attacks.
+
+    Attributes:
+        place: its name.
+        facts: which it was tried on, sorted.
+        owners: their relations.
+        values: `[facts]` what it finds, chance-corrected.
+        optimism: what its mean gains by being the best of so many.
+    """
+
+    place: str
+    facts: tuple[str, ...]
+    owners: tuple[str | None, ...]
+    values: Floats
+    optimism: float
+
+    def index(self, found: Any) -> Any:
+        """The index where the attack finds so much on average: less its optimism, at least 0."""
+        return np.maximum(0.0, found - self.optimism)
+
+
+def _reached(run: Run) -> list[Row]:
+    """Successes at or after the change; if it is at none of the measured states, all."""
+    rows = successes(run)
+    reached = [row for row in rows if not row.upstream]
+    return reached if any(row.layer is not None for row in reached) else rows
+
+
+def _index(best: Best | Estimate) -> Estimate:
+    """What the best of the attacks finds, less what a best of so many finds by chance."""
+    if isinstance(best, Estimate):
+        return best
+    found = (best.values.mean(), *interval(best.values, best.owners))
+    value, low, high = (None if x is None else float(best.index(x)) for x in found)
+    return Estimate(value, low, high, len(best.facts), place=best.place)
+
+
+def _strongest(run: Run, rows: Sequence[Row]) -> Best | Estimate:
+    """The attack that finds most; or no value, and why."""
+    readings = attacks(run, rows)
+    if not readings:
+        return Estimate(None, note="no attacks were measured")
+    relations = {str(row.fact_id): row.relation for row in rows}
+    facts = tuple(sorted(set.intersection(*(set(each.success) for each in readings.values()))))
+    if len(facts) < LEAST:
+        return Estimate(None, n=len(facts), note=f"fewer than {LEAST} facts with a value")
+    owners = tuple(relations[fact] for fact in facts)
+    places = list(readings)
+    table = np.array([readings[place].corrected(facts) for place in places])
+    best = int(table.mean(1).argmax())
+    return Best(_named(places[best]), facts, owners, table[best], optimism(table, owners))
+
+
+def attacks(run: Run, rows: Sequence[Row]) -> dict[Place, Reading]:
+    """Everything that was tried: what some rows tell of its success, and its baseline."""
+    hits: dict[Place, dict[str, float]] = defaultdict(dict)
+    chances: dict[Place, list[float]] = defaultdict(list)
+    for row in rows:
+        if row.value is not None:
+            hits[_place(row)][str(row.fact_id)] = row.value
+    for row in run.rows:
+        if row.metric == "attack_baseline" and row.budget == BUDGET and row.value is not None:
+            chances[_place(row)].append(row.value)
+    guess = [row.value for row in run.select("probe_baseline", "majority")]
+    for place in hits:
+        if place[0] in PROBES:
+            chances[place] = [value for value in guess if value is not None]
+    most = max((len(found) for found in hits.values()), default=0)
+    return {
+        place: Reading(found, fmean(chances[place]))
+        for place, found in hits.items()
+        if chances[place] and len(found) == most
+    }
+
+
+def successes(run: Run) -> list[Row]:
+    """Rows of attacks at the budget, and of probes, on target facts."""
+    return [row for row in run.rows if row.split == "target" and _is_success(row)]
+
+
+def _is_success(row: Row) -> bool:
+    if row.metric == "attack_success":
+        return row.budget == BUDGET
+    return row.metric == "probe_accuracy" and row.protocol in PROBES
+
+
+def _place(row: Row) -> Place:
+    return row.protocol, -1 if row.layer is None else row.layer, row.position or ""
+
+
+def _named(place: Place) -> str:
+    protocol, layer, position = place
+    return protocol if layer < 0 else f"{protocol}, layer {layer}, {position}"
+
+
+_QuantityKey = tuple[str, str, str, str]
+
+
+def _quantities(run: Run) -> dict[_QuantityKey, list[Row]]:
+    """A run's rows that are no curves, by what they measure; several layers stay apart."""
+    rows = [r for r in run.rows if r.axis == "cost" or (r.layer is None and r.position is None)]
+    layers: dict[str, set[int | None]] = {}
+    for row in rows:
+        layers.setdefault(row.metric, set()).add(row.layer)
+    found: dict[_QuantityKey, list[Row]] = {}
+    for row in rows:
+        found.setdefault(_quantity(row, len(layers[row.metric]) > 1), []).append(row)
+    return {key: last_step(group) for key, group in found.items()}
+
+
+def _quantity(row: Row, by_layer: bool) -> _QuantityKey:
+    kind = (row.prompt_id or "").partition("/")[0]
+    parts = [
+        row.split,
+        "fit prompt, in-sample" if kind == "fit" else kind,
+        f"layer {row.layer}" if by_layer and row.layer is not None else None,
+        f"budget {row.budget}" if row.budget is not None else None,
+    ]
+    return (row.axis, row.metric, row.protocol, ", ".join(part for part in parts if part))
+
+
+def details(run: Run) -> dict[tuple[str, str, str, str], Estimate]:
+    """Every quantity that is no curve."""
+    return {key: estimate(rows) for key, rows in _quantities(run).items()}
+
+
+def contrast(column: Column, run: Run, reference: Run) -> Estimate:
+    """A run's number less another's, over the prompts and facts that have a value on both sides.
+
+    The 95% percentile bootstrap resamples facts, each with its value on both sides. Numbers that
+    are no single fact's have no interval.
+    """
+    if column.read is index:
+        return recoverable_beyond(run, reference)
+    sides = [
+        {_asked_by(row): row for row in asked(column, each) if row.value is not None}
+        for each in (run, reference)
+    ]
+    if not all(sides):
+        return Estimate(None, note="one of the two has no value")
+    if any(row.fact_id is None for side in sides for row in side.values()):
+        return _of_aggregates(*(read(column, each) for each in (run, reference)))
+    shared = sides[0].keys() & sides[1].keys()
+    left, right = (facts_of([side[key] for key in shared]) for side in sides)
+    if not left:
+        return Estimate(None, note="no fact has a value on both sides")
+    each = np.array([left[fact][0] - right[fact][0] for fact in left])
+    low, high = interval(each, tuple(relation for _, relation in left.values()))
+    facts = {row.fact_id for side in sides for row in side.values()}
+    return Estimate(float(each.mean()), low, high, len(left), left_out(len(facts) - len(left)))
+
+
+def _asked_by(row: Row) -> tuple[str | None, ...]:
+    return row.fact_id, row.relation, row.prompt_id
+
+
+def _of_aggregates(one: Estimate, other: Estimate) -> Estimate:
+    """The difference of numbers over the same things; null where their counts tell otherwise."""
+    if one.value is None or other.value is None or one.n != other.n:
+        return Estimate(None, note=f"not over the same: n = {one.n:,} and {other.n:,}")
+    return Estimate(one.value - other.value, n=one.n, note=one.note or other.note)
