@@ -1,27 +1,23 @@
 """The study of erasers: layers compared by what tracing finds there and what erasing brings."""
 
-import csv
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
 from scipy.stats import spearmanr
 
-from palimpsest.record.results import Run, load_runs
+from palimpsest.record.results import Results, Run, load_runs
 from palimpsest.record.row import Row
-from palimpsest.report.page import write_report
-from palimpsest.report.terminal import print_summary
-from palimpsest.study.erasing import Agreement, agreements, correlated, to_csv
+from palimpsest.study.erasing import Agreement, Erasing, agreements, correlated
 from tests.study.test_localization import traced, written
+from tests.study.views import lines_of, listed, page_of
 
 LAYERS = (2, 4, 6, 8, 10)
 FACTS = 12
 PROTOCOL = "noise/mlp_window_10"
-RULER = {"facts": {"limit": FACTS}, "evaluate": {"least": 5}}
+ASKED = {"facts": {"limit": FACTS}, "evaluate": {"least": 5}}
 
 
 def held_out(read: float, said: float, elsewhere: float, scope: str = "relation") -> Iterator[Row]:
@@ -50,7 +46,7 @@ def held_out(read: float, said: float, elsewhere: float, scope: str = "relation"
 
 def erased(directory: Path, layer: int, rows: Sequence[Row], **fields: Any) -> Run:
     site = {"layer": layer, "part": "residual"}
-    given = {"method": "leace", "config": RULER, "site": site, **fields}
+    given = {"method": "leace", "config": ASKED, "site": site, **fields}
     return written(directory, f"{given['method']}{layer}", rows, **given)
 
 
@@ -63,10 +59,10 @@ def sweep(tmp_path: Path) -> list[Run]:
         for row in traced(fact, 0.5, {n: 0.02 * n + 0.002 * fact for n in LAYERS})
     ]
     written(tmp_path, "trace", rows, method="trace", config={})
-    other = {**RULER, "evaluate": {"least": 1000}}
+    other = {**ASKED, "facts": {"limit": 1000}}
     before = list(held_out(0.9, 0.9, 0.9, "fact"))
     written(tmp_path, "a-none", list(held_out(0.1, 0.1, 0.1, "fact")), method="none", config=other)
-    written(tmp_path, "none", before, method="none", config=RULER)
+    written(tmp_path, "none", before, method="none", config=ASKED)
     for n in LAYERS:
         erased(tmp_path, n, list(held_out(0.9 - 0.05 * n, 0.7, 0.5 + 0.02 * n)))
         erased(tmp_path, n, before, method="leace_shuffled", imitates=f"leace{n}")
@@ -74,7 +70,9 @@ def sweep(tmp_path: Path) -> list[Run]:
 
 
 def found(runs: Sequence[Run], position: str, outcome: str) -> Agreement:
-    [one] = [a for a in agreements(runs) if (a.position, a.outcome) == (position, outcome)]
+    [one] = [
+        a for a in agreements(Results.of(runs)) if (a.position, a.outcome) == (position, outcome)
+    ]
     return one
 
 
@@ -99,15 +97,15 @@ def test_what_does_not_vary_has_no_correlation(sweep: list[Run]) -> None:
         assert flat.correlation.note == "the same value at every layer"
 
 
-def test_controls_and_runs_of_another_ruler_are_left_out(sweep: list[Run]) -> None:
-    assert {each.method for each in agreements(sweep)} == {"leace"}
+def test_controls_and_runs_of_other_facts_are_left_out(sweep: list[Run]) -> None:
+    assert {each.method for each in agreements(Results.of(sweep))} == {"leace"}
     strangers = [run for run in sweep if run.run_id != "none"]
-    assert agreements(strangers) == []
+    assert agreements(Results.of(strangers)) == []
 
 
 def test_too_few_layers_say_nothing(sweep: list[Run]) -> None:
     few = [run for run in sweep if run.run_id not in ("leace2", "leace4")]
-    assert agreements(few) == []
+    assert agreements(Results.of(few)) == []
 
 
 def random_table(seed: int, layers: int) -> dict[int, Mapping[str, float]]:
@@ -142,13 +140,10 @@ def test_under_the_null_p_is_below_a_twentieth_about_that_often() -> None:
 
 
 def test_every_view_shows_it(sweep: list[Run], tmp_path: Path) -> None:
-    lines = list(csv.DictReader(io.StringIO(to_csv(agreements(sweep)))))
+    lines = listed(Erasing(), Results.of(sweep))
     whole = [line for line in lines if line["p"]]
     assert {(line["method"], line["layers"]) for line in whole} == {("leace", "5")}
     assert {line["layer"] for line in lines} == {"", *map(str, LAYERS)}
-    page = write_report(tmp_path).read_text(encoding="utf-8")
-    assert "Does localization tell where to erase?" in page
+    assert "Does localization tell where to erase?" in page_of(tmp_path, Erasing())
     assert (tmp_path / "erasing.csv").is_file()
-    console = Console(width=140, record=True, file=io.StringIO())
-    print_summary(sweep, console)
-    assert "probe removed" in console.export_text()
+    assert "probe removed" in "\n".join(lines_of(tmp_path, Erasing(), width=140))

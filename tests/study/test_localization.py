@@ -1,26 +1,22 @@
 """The localization study: success as defined, matched fact by fact and layer by layer."""
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
 
-from palimpsest.record.results import Run, load_runs
+from palimpsest.record.results import Results, Run, load_runs
 from palimpsest.record.row import Row
 from palimpsest.record.store import RunStore
-from palimpsest.report.page import write_report
-from palimpsest.report.terminal import print_summary
 from palimpsest.study.localization import (
+    Localization,
     findings,
     restored_shares,
     success,
-    to_csv,
 )
+from tests.study.views import lines_of, listed, page_of
 
 FACTS, LAYERS = 16, (2, 4, 6)
 OBJECTIVES = ("inject", "erase")
@@ -108,24 +104,25 @@ def test_success_is_a_share_of_what_could_be_gained(tmp_path: Path) -> None:
     before = written(tmp_path, "a", list(chances(0, 0.5, 0.2)), method="none")
     after = written(tmp_path, "b", list(chances(0, 0.3, 0.6)), method="rome")
     written_share = np.mean([(0.6 * f - 0.2 * f) / (1 - 0.2 * f) for f in (0.9, 1.1)])
-    assert success(after, before, "inject") == {("f0", "r"): pytest.approx(written_share)}
+    both = Results.of([after, before])
+    assert success(both, after, before, "inject") == {("f0", "r"): pytest.approx(written_share)}
     for objective in ("erase", "trace_reversal"):
-        assert success(after, before, objective) == {("f0", "r"): pytest.approx(0.4)}
-        assert success(before, after, objective) == {("f0", "r"): 0.0}  # it rose
+        assert success(both, after, before, objective) == {("f0", "r"): pytest.approx(0.4)}
+        assert success(both, before, after, objective) == {("f0", "r"): 0.0}  # it rose
     for objective in ("amplify", "force"):
         rise = np.mean([(0.5 * f - 0.3 * f) / (1 - 0.3 * f) for f in (0.9, 1.1)])
-        assert success(before, after, objective) == {("f0", "r"): pytest.approx(rise)}
+        assert success(both, before, after, objective) == {("f0", "r"): pytest.approx(rise)}
 
 
 def test_shares_are_read_at_the_subject_and_small_effects_left_out(sweep: list[Run]) -> None:
-    found, left_out = restored_shares([by_name(sweep)["trace"]], PROTOCOL)
+    found, left_out = restored_shares(Results.of(sweep), [by_name(sweep)["trace"]], PROTOCOL)
     assert left_out == {"f99"}
     assert len(found) == FACTS * len(LAYERS)
     assert all(0 <= share <= 1 for share in found.values())
 
 
 def test_an_effect_that_tells_of_success_is_found_and_another_is_not(sweep: list[Run]) -> None:
-    erase, inject = findings(sweep)
+    erase, inject = findings(Results.of(sweep))
     assert [(f.method, f.objective, f.protocol) for f in (erase, inject)] == [
         ("rome", "erase", PROTOCOL), ("rome", "inject", PROTOCOL),
     ]  # fmt: skip
@@ -141,8 +138,9 @@ def test_an_effect_that_tells_of_success_is_found_and_another_is_not(sweep: list
 
 def test_without_no_change_or_traces_or_a_second_layer_there_is_nothing(sweep: list[Run]) -> None:
     for left_out in ("none", "trace"):
-        assert findings([run for run in sweep if run.run_id != left_out]) == []
-    assert findings([by_name(sweep)[name] for name in ("trace", "none", "inject2")]) == []
+        assert findings(Results.of([run for run in sweep if run.run_id != left_out])) == []
+    few = [by_name(sweep)[name] for name in ("trace", "none", "inject2")]
+    assert findings(Results.of(few)) == []
 
 
 def test_other_models_and_batches_do_not_count(sweep: list[Run], tmp_path: Path) -> None:
@@ -150,28 +148,27 @@ def test_other_models_and_batches_do_not_count(sweep: list[Run], tmp_path: Path)
     rows = list(traced(0, 0.5, dict.fromkeys(LAYERS, 0.1)))
     foreign = written(tmp_path, "x", rows, method="trace", config={}, model=other)
     rest = [run for run in sweep if run.run_id != "trace"]
-    assert findings([foreign, *rest]) == []
+    assert findings(Results.of([foreign, *rest])) == []
     for run in rest:
         if run.method == "rome":
             run.run["config"]["intervene"]["protocol"] = "batch"
-    assert findings(sweep) == []
+    assert findings(Results.of(sweep)) == []
 
 
 def test_too_few_facts_are_told(sweep: list[Run], tmp_path: Path) -> None:
     rows = list(traced(0, 0.5, dict.fromkeys(LAYERS, 0.1)))
     few = written(tmp_path, "y", rows, method="trace", config={})
-    found = findings([few, *[run for run in sweep if run.run_id != "trace"]])
+    results = Results.of([few, *[run for run in sweep if run.run_id != "trace"]])
+    found = findings(results)
     assert {f.note for f in found} == {"1 facts and 3 layers were both traced and edited"}
-    assert "both traced and edited" in to_csv(found)
+    assert all("both traced and edited" in line["note"] for line in listed(Localization(), results))
 
 
 def test_every_view_tells_it(sweep: list[Run], tmp_path: Path) -> None:
     directory = tmp_path / "localization"
-    page = write_report(directory).read_text()
-    assert "Does localization inform editing?" in page
-    lines = list(csv.DictReader(io.StringIO((directory / "localization.csv").read_text())))
+    assert "Does localization inform editing?" in page_of(directory, Localization())
+    assert (directory / "localization.csv").is_file()
+    lines = listed(Localization(), Results.of(sweep))
     assert {line["quantity"] for line in lines} >= {"r2_layer", "r2_effect", "rank_correlation"}
     assert {line["verdict"] for line in lines if line["objective"] == "inject"} == {"adds"}
-    console = Console(width=140, record=True, file=io.StringIO())
-    print_summary(load_runs(directory), console)
-    assert "beyond chance" in console.export_text()
+    assert "beyond chance" in "\n".join(lines_of(directory, Localization(), width=140))

@@ -6,16 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from palimpsest.record.results import Run
+from palimpsest.record.results import Results, Run
 from palimpsest.record.row import UPSTREAM, Row
-from palimpsest.study.intervals import resampling
+from palimpsest.study.intervals import Estimate, resampling
 from palimpsest.study.recoverable import (
     ZONES,
-    attacks,
     optimism,
-    profile,
+    profiles,
+    readings,
     recoverable,
-    successes,
 )
 from tests.study.test_localization import written
 
@@ -59,13 +58,22 @@ def run_of(directory: Path, *rows: Iterator[Row]) -> Run:
     return written(directory, "run", list(flat), method="rome")
 
 
+def index(run: Run) -> Estimate:
+    """What is recoverable of one run."""
+    return recoverable(Results.of([run]))[run.run_id]
+
+
+def profile(run: Run) -> Mapping[str, Estimate]:
+    return profiles(Results.of([run])).get(run.run_id, {})
+
+
 def share(of: float) -> Hits:
     """Hits for so many of the facts, spread."""
     return {fact: float(n % 4 < of * 4) for n, fact in enumerate(FACTS)}
 
 
 def test_the_strongest_attack_counts_beyond_its_own_chance(tmp_path: Path) -> None:
-    found = recoverable(
+    found = index(
         run_of(
             tmp_path,
             attack("logit_lens", share(0.25), 0.0, layer=9),
@@ -79,7 +87,7 @@ def test_the_strongest_attack_counts_beyond_its_own_chance(tmp_path: Path) -> No
 
 
 def test_probes_count_beyond_the_most_common_object(tmp_path: Path) -> None:
-    found = recoverable(run_of(tmp_path, probe(share(0.75), 6)))
+    found = index(run_of(tmp_path, probe(share(0.75), 6)))
     assert found.value == pytest.approx((0.75 - 0.25) / 0.75)
     assert found.place == "frozen, layer 6, last_prompt"
 
@@ -87,7 +95,7 @@ def test_probes_count_beyond_the_most_common_object(tmp_path: Path) -> None:
 @pytest.mark.parametrize("protocol", ["retrained", "adaptive", "frozen_mlp", "retrained_mlp"])
 def test_the_best_place_may_be_a_probe_of_any_kind(tmp_path: Path, protocol: str) -> None:
     linear, other = probe(share(0.5), 6), probe(share(1.0), 9, protocol=protocol)
-    found = recoverable(run_of(tmp_path, linear, other))
+    found = index(run_of(tmp_path, linear, other))
     assert found.value == 1.0
     assert found.place == f"{protocol}, layer 9, last_prompt"
 
@@ -95,14 +103,12 @@ def test_the_best_place_may_be_a_probe_of_any_kind(tmp_path: Path, protocol: str
 def test_states_before_the_change_do_not_count(tmp_path: Path) -> None:
     before = attack("logit_lens", share(1.0), 0.0, layer=1, note=UPSTREAM)
     after = attack("logit_lens", share(0.5), 0.0, layer=9)
-    found = recoverable(run_of(tmp_path, before, after))
+    found = index(run_of(tmp_path, before, after))
     assert found.value == pytest.approx(0.5)
 
 
 def test_without_a_change_all_states_count(tmp_path: Path) -> None:
-    found = recoverable(
-        run_of(tmp_path, attack("logit_lens", share(1.0), 0.0, layer=1, note=UPSTREAM))
-    )
+    found = index(run_of(tmp_path, attack("logit_lens", share(1.0), 0.0, layer=1, note=UPSTREAM)))
     assert found.value == 1.0
 
 
@@ -114,11 +120,9 @@ def test_a_maximum_over_many_attacks_on_noise_is_no_discovery(tmp_path: Path) ->
         for layer, hits in enumerate(draws)
     ]
     run = run_of(tmp_path, *rows)
-    best = max(
-        np.mean(list(each.success.values())) for each in attacks(run, successes(run)).values()
-    )
+    best = max(reading.success.mean() for reading in readings(Results.of([run]))[run.run_id])
     assert (best - 0.2) / 0.8 > 0.15
-    assert recoverable(run).value < 0.1
+    assert index(run).value < 0.1
 
 
 def test_many_attacks_that_each_miss_other_facts_are_no_weaker_for_it(tmp_path: Path) -> None:
@@ -127,13 +131,13 @@ def test_many_attacks_that_each_miss_other_facts_are_no_weaker_for_it(tmp_path: 
         attack("logit_lens", {f: float(n // 3 != layer) for n, f in enumerate(FACTS)}, 0.0, layer)
         for layer in range(8)
     ]
-    found = recoverable(run_of(tmp_path, *rows))
+    found = index(run_of(tmp_path, *rows))
     assert 0.75 < found.value <= 0.875
 
 
 def test_what_always_finds_has_no_optimism(tmp_path: Path) -> None:
     rows = [attack("logit_lens", share(1.0 if n == 5 else 0.75), 0.0, layer=n) for n in range(9)]
-    assert recoverable(run_of(tmp_path, *rows)).value == 1.0
+    assert index(run_of(tmp_path, *rows)).value == 1.0
 
 
 def test_optimism_is_what_a_literal_bootstrap_says() -> None:
@@ -151,14 +155,14 @@ def test_optimism_is_what_a_literal_bootstrap_says() -> None:
 
 
 def test_what_finds_less_than_chance_is_zero(tmp_path: Path) -> None:
-    found = recoverable(run_of(tmp_path, attack("logit_lens", share(0.0), 0.5, layer=9)))
+    found = index(run_of(tmp_path, attack("logit_lens", share(0.0), 0.5, layer=9)))
     assert (found.value, found.low, found.high) == (0.0, 0.0, 0.0)
 
 
 def test_without_attacks_or_facts_there_is_no_index(tmp_path: Path) -> None:
-    assert recoverable(run_of(tmp_path / "a")).note == "no attacks were measured"
+    assert index(run_of(tmp_path / "a")).note == "no attacks were measured"
     few = attack("logit_lens", dict.fromkeys(FACTS[:4], 1.0), 0.0, layer=9)
-    assert recoverable(run_of(tmp_path / "b", few)).note == "fewer than 6 facts with a value"
+    assert index(run_of(tmp_path / "b", few)).note == "fewer than 6 facts with a value"
 
 
 def test_the_profile_tells_zones_apart(tmp_path: Path) -> None:
@@ -174,7 +178,7 @@ def test_the_profile_tells_zones_apart(tmp_path: Path) -> None:
     assert list(found) == list(ZONES)
     values = [each.value for each in found.values()]
     assert values == pytest.approx([1.0, 0.0, 1.0, 0.5])
-    assert found["downstream"].value == recoverable(run).value
+    assert found["downstream"].value == index(run).value
     assert found["at the site"].place == "frozen, layer 6, last_prompt"
 
 

@@ -15,7 +15,7 @@ from palimpsest.study.regression import (
     _grid,
     _permuted,
     _samples,
-    study,
+    regress,
 )
 
 R2 = ("layer", "effect", "both", "both_additive", "increase", "increase_additive")
@@ -83,7 +83,7 @@ def repeated(observations, counts) -> list[Observation]:
 
 
 def test_r2_and_f_test_are_those_of_dense_least_squares():
-    found, wanted = study(with_gaps()), dense(with_gaps())
+    found, wanted = regress(with_gaps()), dense(with_gaps())
     for name in R2:
         assert getattr(found, name).value == pytest.approx(wanted[name], abs=1e-9)
     assert found.p == pytest.approx(wanted["p"])
@@ -91,7 +91,7 @@ def test_r2_and_f_test_are_those_of_dense_least_squares():
 
 
 def test_intervals_are_those_of_refitting_every_resample():
-    found, observations = study(with_gaps()), with_gaps()
+    found, observations = regress(with_gaps()), with_gaps()
     weights = resampling(tuple(f"P{fact % 3}" for fact in range(12)))
     slow = [dense(repeated(observations, counts)) for counts in weights]
     for name in R2:
@@ -120,12 +120,12 @@ def test_chance_is_the_mean_over_permutations_also_in_resamples():
 
 def test_chance_is_one_degree_of_freedom_for_each_slope():
     success, effect = planted(20, 30, 0.0)
-    found = study(observed(success, effect))
+    found = regress(observed(success, effect))
     assert found.chance == pytest.approx((1 - found.layer.value) / 19, rel=0.1)
 
 
 def test_effects_that_explain_success_within_layers_add():
-    found = study(observed(*planted(30, 5, 0.5, noise=0.1)))
+    found = regress(observed(*planted(30, 5, 0.5, noise=0.1)))
     assert found.verdict == "adds"
     assert found.both.value > 0.95
     assert found.increase.value == pytest.approx(found.both.value - found.layer.value)
@@ -136,13 +136,13 @@ def test_effects_that_explain_success_within_layers_add():
 
 def test_slopes_of_opposite_sign_add_only_with_a_slope_for_each_layer():
     _, effect = planted(30, 4, 0.0)
-    found = study(observed(effect * [1, -1, 1, -1], effect))
+    found = regress(observed(effect * [1, -1, 1, -1], effect))
     assert found.both.value == pytest.approx(1)
     assert found.both_additive.value < 0.2
 
 
 def test_noise_beside_layers_that_explain_all_adds_nothing_that_matters():
-    found = study(observed(*planted(40, 6, 0.0, noise=0.2)))
+    found = regress(observed(*planted(40, 6, 0.0, noise=0.2)))
     assert found.verdict == "adds nothing that matters"
     assert found.layer.value > 0.9
     assert found.increase.value == pytest.approx(found.chance, abs=0.005)
@@ -153,7 +153,7 @@ def test_noise_beside_layers_that_explain_all_adds_nothing_that_matters():
 
 def test_the_margin_is_the_callers():
     observations = observed(*planted(40, 6, 0.0, noise=0.2))
-    found = study(observations, margin=1e-6)
+    found = regress(observations, margin=1e-6)
     assert (found.verdict, found.margin) == ("undecided", 1e-6)
     assert "on both sides of the margin" in found.reason
 
@@ -161,7 +161,7 @@ def test_the_margin_is_the_callers():
 def test_at_the_ceiling_nothing_is_decided():
     success, effect = planted(20, 5, 0.0)
     success = np.where(success < -0.8, 0.0, 1.0)
-    found = study(observed(success, effect))
+    found = regress(observed(success, effect))
     assert found.ceiling == np.mean(success >= 0.98) >= 0.9
     assert found.spread == pytest.approx(success.std())
     assert found.verdict == "undecided"
@@ -170,14 +170,14 @@ def test_at_the_ceiling_nothing_is_decided():
 
 def test_without_spread_nothing_is_decided():
     success, effect = planted(20, 5, 0.0, noise=0.1)
-    found = study(observed(0.5 + 0.001 * success, effect))
+    found = regress(observed(0.5 + 0.001 * success, effect))
     assert (found.verdict, found.ceiling) == ("undecided", 0)
     assert "hardly varies" in found.reason
 
 
 def test_constant_success_has_no_values():
     _, effect = planted(12, 3, 0.0)
-    found = study(observed(np.full((12, 3), 0.1), effect))
+    found = regress(observed(np.full((12, 3), 0.1), effect))
     assert {getattr(found, name).value for name in R2} == {None}
     assert found.layer.note == "the same success everywhere"
     assert (found.p, found.chance, found.corrected.value) == (None, None, None)
@@ -188,7 +188,7 @@ def test_constant_success_has_no_values():
 def test_a_layer_of_constant_effect_has_no_slope():
     success, effect = planted(15, 4, 0.5)
     effect[:, 2] = 0.1
-    found, wanted = study(observed(success, effect)), dense(observed(success, effect))
+    found, wanted = regress(observed(success, effect)), dense(observed(success, effect))
     assert found.both.value == pytest.approx(wanted["both"])
     assert found.p == pytest.approx(wanted["p"])  # three slopes, not four
     assert found.correlations[2].value is None
@@ -197,14 +197,14 @@ def test_a_layer_of_constant_effect_has_no_slope():
 
 def test_constant_effects_decide_nothing():
     success, _ = planted(15, 4, 0.0)
-    found = study(observed(success, np.full((15, 4), 0.1)))
+    found = regress(observed(success, np.full((15, 4), 0.1)))
     assert (found.increase.value, found.effect.value, found.p) == (0, 0, None)
     assert found.verdict == "undecided"
     assert "effect is the same" in found.reason
 
 
 def test_few_facts_decide_nothing():
-    found = study(observed(*planted(9, 5, 0.9, noise=0.1)))
+    found = regress(observed(*planted(9, 5, 0.9, noise=0.1)))
     assert found.verdict == "undecided"
     assert found.reason.startswith("9 facts")
 
@@ -213,7 +213,7 @@ def test_correlations_are_spearmans_with_ties():
     generator = np.random.default_rng(0)
     effect = generator.integers(0, 6, size=(20, 3)).astype(float)
     success = effect + generator.integers(0, 6, size=(20, 3))
-    found = study(observed(success, effect)).correlations
+    found = regress(observed(success, effect)).correlations
     weights = resampling(("P0",) * 20).astype(int)
     for layer in range(3):
         x, y = effect[:, layer], success[:, layer]
@@ -227,13 +227,13 @@ def test_correlations_are_spearmans_with_ties():
 def test_order_and_repetition_do_not_matter():
     observations = with_gaps()
     shuffled = [observations[i] for i in np.random.default_rng(1).permutation(len(observations))]
-    assert study(observations) == study(observations) == study(shuffled)
+    assert regress(observations) == regress(observations) == regress(shuffled)
 
 
 def test_from_ten_relations_on_whole_relations_are_resampled():
     success, effect = planted(60, 4, 0.0, noise=0.2)
     success += np.random.default_rng(2).normal(size=10)[np.arange(60) % 10, None]
-    one, ten = (study(observed(success, effect, relations=n)) for n in (1, 10))
+    one, ten = (regress(observed(success, effect, relations=n)) for n in (1, 10))
     assert ten.layer.value == pytest.approx(one.layer.value)
     assert ten.layer.high - ten.layer.low > 1.2 * (one.layer.high - one.layer.low)
     samples = _samples(tuple(f"P{fact % 10}" for fact in range(60)))
@@ -242,7 +242,7 @@ def test_from_ten_relations_on_whole_relations_are_resampled():
 
 
 def test_single_facts_of_few_relations_have_no_interval():
-    found = study(observed(*planted(9, 3, 0.5), relations=9))
+    found = regress(observed(*planted(9, 3, 0.5), relations=9))
     assert found.both.value is not None
     assert (found.both.low, found.correlations[0].low) == (None, None)
 
@@ -250,14 +250,14 @@ def test_single_facts_of_few_relations_have_no_interval():
 def test_what_cannot_be_regressed_is_refused():
     success, effect = planted(3, 2, 0.0)
     observations = observed(success, effect)
-    assert study(observations).n_facts == 3
+    assert regress(observations).n_facts == 3
     with pytest.raises(ValueError, match="at least 3 facts and 2 layers, found 2 and 2"):
-        study(observations[:4])
+        regress(observations[:4])
     with pytest.raises(ValueError, match="found 3 and 1"):
-        study(observations[::2])
+        regress(observations[::2])
     with pytest.raises(ValueError, match="found 0 and 0"):
-        study([])
+        regress([])
     with pytest.raises(ValueError, match="found more: average them"):
-        study([*observations, observations[0]])
+        regress([*observations, observations[0]])
     with pytest.raises(ValueError, match=r"found Observation\(.*nan.*: leave it out"):
-        study([replace(observations[0], success=float("nan")), *observations[1:]])
+        regress([replace(observations[0], success=float("nan")), *observations[1:]])

@@ -4,9 +4,9 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+from palimpsest.report.undertext import figure
 
 from palimpsest.record.row import UPSTREAM, Row
-from palimpsest.report.undertext import figure
 from palimpsest.study.summary import summarise
 from palimpsest.study.undertext import undertext
 

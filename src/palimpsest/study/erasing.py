@@ -220,11 +220,11 @@ def _by_layer(results: Results, query: str) -> dict[Any, dict[str, float]]:
 def _outcomes(results: Results, outcome: Outcome) -> dict[str, dict[str, float]]:
     """What an outcome is made of, by run and fact."""
     compared(results)
-    deepest = "layer IS NOT DISTINCT FROM max(layer) OVER (PARTITION BY run_id)"
+    deepest = "QUALIFY layer IS NOT DISTINCT FROM max(layer) OVER (PARTITION BY run_id)"
     return _by_layer(
         results,
         f"WITH found AS (SELECT * FROM compared WHERE {outcome.rows} "
-        f"QUALIFY {deepest if outcome.deepest else 'true'}) "
+        f"{deepest if outcome.deepest else ''}) "
         "SELECT run_id, fact_id, last(value ORDER BY prompt_id NULLS FIRST) FROM found "
         "WHERE value IS NOT NULL AND fact_id IS NOT NULL AND alike GROUP BY ALL ORDER BY ALL",
     )
