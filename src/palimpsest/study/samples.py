@@ -43,7 +43,7 @@ def samples(
         ),
         kept AS (
             SELECT found.* FROM found JOIN ends ON {_same(["run_id", *over])}
-            WHERE counts AND step IS NOT DISTINCT FROM ending
+            WHERE counts AND found.step IS NOT DISTINCT FROM ending
         ),
         means AS (
             SELECT run_id{own}, fact_id, max(relation) AS relation, avg(value) AS mean FROM kept
@@ -82,7 +82,7 @@ def picked(condition: str, *columns: str, counts: str = "true") -> str:
         columns: those of `by` and `over`, as SQL.
         counts: SQL that says which rows count.
     """
-    named = "".join(f", {column}" for column in columns)
+    named = "".join(f", {column}" for column in columns if column != "step")
     return (
         f"SELECT run_id{named}, step, fact_id, relation, value, n, note, measure, alike, "
         f"{counts} AS counts FROM compared WHERE {condition}"
