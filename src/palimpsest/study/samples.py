@@ -86,7 +86,11 @@ def picked(condition: str, *columns: str, counts: str = "true") -> str:
         columns: those of `by` and `over`, as SQL.
         counts: SQL that says which rows count.
     """
+<<<<<<< HEAD
     named = "".join(f", {column}" for column in columns if column not in _OWN)
+=======
+    named = "".join(f", {column}" for column in columns if column != "step")
+>>>>>>> help-d
     return (
         f"SELECT run_id{named}, step, fact_id, relation, value, n, note, measure, alike, "
         f"{counts} AS counts FROM compared WHERE {condition}"

@@ -1,0 +1,100 @@
+"""One rule says which runs, and which values, may be compared."""
+
+from pathlib import Path
+
+import pytest
+
+from palimpsest.record.results import Results, Run, load_runs
+from palimpsest.record.row import Row
+from palimpsest.record.store import RunStore
+from palimpsest.study.against import contrasts
+from palimpsest.study.comparable import alike, asked, chosen_keys, compared, shown_keys
+from palimpsest.study.recoverable import UNLIKE
+from palimpsest.study.summary import summarise
+from tests.study.reading import of, write_report
+
+KEY = "downstream/paraphrase/probability"
+
+
+def said(value: float) -> list[Row]:
+    return [
+        Row(
+            scope="fact", axis="downstream", metric="paraphrase", protocol="probability",
+            split="target", fact_id=f"f{n:02}", relation="r", prompt_id="paraphrase/0",
+            value=float(n < value * 12),
+        )
+        for n in range(12)
+    ]  # fmt: skip
+
+
+def measured(directory: Path, name: str, **by_key: float) -> Run:
+    """A run whose paraphrases were measured under some keys."""
+    run = {"run_id": name, "method": name, "model": {"fingerprint": "m"}, "seed": 0}
+    store = RunStore.open(directory / name, run)
+    for key, value in by_key.items():
+        store.append(said(value), measure="downstream", measure_key=key)
+    store.finish()
+    return load_runs(directory / name)[0]
+
+
+def test_the_key_that_most_runs_share_is_chosen() -> None:
+    rows = [("a", "m", "k1", 5), ("b", "m", "k1", 5), ("b", "m", "k0", 90), ("c", "m", "k0", 1)]
+    assert chosen_keys([*rows, ("d", "m", "k1", 1)]) == {"m": "k1"}
+    assert chosen_keys(rows) == {"m": "k0"}  # of as many runs, the one with most rows
+    assert chosen_keys([("a", "m", "k2", 5), ("b", "m", "k1", 5)]) == {"m": "k1"}
+    assert shown_keys([*rows, ("d", "m", "k9", 1), ("d", "m", "k8", 1)]) == {
+        ("a", "m"): "k1", ("b", "m"): "k0", ("c", "m"): "k0", ("d", "m"): "k8",
+    }  # fmt: skip
+
+
+def test_a_run_measured_further_counts_once(tmp_path: Path) -> None:
+    measured(tmp_path, "rome", old=0.25, new=0.75)
+    measured(tmp_path, "memit", new=0.5)
+    results = Results.open(tmp_path)
+    compared(results)
+    assert results.query("SELECT count(*) FROM rows") == [(36,)]
+    assert results.query("SELECT count(*), bool_and(alike) FROM compared") == [(24, True)]
+    found = {s.method: s.values[KEY].value for s in summarise(results)}
+    assert found == {"rome": 0.75, "memit": 0.5}
+
+
+def test_what_was_measured_otherwise_is_told_and_left_out_of_pairs(tmp_path: Path) -> None:
+    measured(tmp_path, "rome", new=0.75)
+    measured(tmp_path, "memit", new=0.5)
+    measured(tmp_path, "emmet", old=0.25)
+    results = Results.open(tmp_path)
+    found = {summary.method: summary.values[KEY] for summary in summarise(results)}
+    assert found["emmet"].value == 0.25
+    assert "measured differently from most runs here (downstream)" in str(found["emmet"].note)
+    assert (found["rome"].note, found["memit"].note) == (None, None)
+    lines = {line.summary.method: line.values[KEY] for line in contrasts(results, "rome").lines}
+    assert lines["memit"].value == pytest.approx(-0.25)
+    assert (lines["emmet"].value, lines["emmet"].note) == (None, UNLIKE)
+    assert "<li>measured differently" in write_report(tmp_path).read_text()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"fingerprint": "other"}},
+        {"config": {"model": {"prefix": "x"}}},
+        {"facts": {"fingerprint": "other"}},
+        {"config": {"facts": {"test": 9}}},
+        {"seed": 1},
+    ],
+)
+def test_runs_that_were_asked_something_else_are_not_alike(change: dict, write_run) -> None:
+    one = write_run(*said(0.5), model={"fingerprint": "m"}, seed=0)
+    other = write_run(
+        *said(0.5), run_id="1" * 12, **{"model": {"fingerprint": "m"}, "seed": 0, **change}
+    )
+    assert asked(one) != asked(other)
+    assert alike(of(one, other), one) == {one.run_id}
+
+
+def test_rulers_paths_and_methods_do_not_tell_runs_apart(write_run) -> None:
+    settings = {"facts": {"path": "here"}, "evaluate": {"stride": 1}, "intervene": {"steps": 2}}
+    one = write_run(*said(0.5), config=settings)
+    other = write_run(*said(0.2), run_id="1" * 12, config={"facts": {"path": "there"}})
+    fewer = write_run(*said(0.5)[1:], run_id="2" * 12, config=settings)
+    assert alike(of(one, other, fewer), one) == {one.run_id, other.run_id}
