@@ -74,10 +74,6 @@ def samples(
     return {record[:width]: _sample(pool, *record[width:]) for record in records}
 
 
-_OWN = ("step", "fact_id", "relation", "value", "n", "note", "measure")
-"""Columns that every query for `samples` gives."""
-
-
 def picked(condition: str, *columns: str, counts: str = "true") -> str:
     """A query for `samples`: the comparable rows that meet a condition.
 
@@ -86,11 +82,7 @@ def picked(condition: str, *columns: str, counts: str = "true") -> str:
         columns: those of `by` and `over`, as SQL.
         counts: SQL that says which rows count.
     """
-<<<<<<< HEAD
-    named = "".join(f", {column}" for column in columns if column not in _OWN)
-=======
     named = "".join(f", {column}" for column in columns if column != "step")
->>>>>>> help-d
     return (
         f"SELECT run_id{named}, step, fact_id, relation, value, n, note, measure, alike, "
         f"{counts} AS counts FROM compared WHERE {condition}"
