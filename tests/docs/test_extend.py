@@ -56,6 +56,7 @@ def test_the_page_holds_a_file_a_yaml_and_a_test_of_each():
         "next_token_entropy.py", "evaluate/measure/entropy.yaml", "evaluate/mine.yaml",
         "test_next_token_entropy.py",
         "csv_facts.py", "facts/csv.yaml", "test_csv_facts.py",
+        "by_relation.py", "study/by_relation.yaml", "test_by_relation.py",
     }  # fmt: skip
 
 
@@ -63,7 +64,7 @@ def test_its_tests_pass(written):
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "."]
     result = subprocess.run(words, cwd=written / "mine", capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "5 passed" in result.stdout
+    assert "6 passed" in result.stdout
 
 
 def test_a_run_with_all_three(written, call, tiny):
@@ -83,9 +84,14 @@ def test_a_run_with_all_three(written, call, tiny):
     entropies = [row.value for row in run.select("entropy", "next_token")]
     assert len(entropies) == 2 * len(run.facts)
     assert fmean(entropies) > fmean(row.value for row in none.select("entropy", "next_token"))
-    assert call("report", "results/runs").code == 0
+    words = ["--config-dir", "conf", "+study=by_relation", "studies.by_relation.metric=paraphrase"]
+    words += ["studies.by_relation.protocol=probability"]
+    assert call("report", "results/runs", *words).code == 0
     page = Path("results/runs/report.html").read_text(encoding="utf-8")
     assert "entropy" in page
+    assert "<h2>Paraphrase by relation</h2>" in page
+    written = Path("results/runs/by_relation.csv").read_text(encoding="utf-8")
+    assert written.startswith("method,P17,P17/low,P17/high,P17/n\n")
 
 
 def entropies(run):
