@@ -3,7 +3,6 @@
 from functools import partial
 
 import pytest
-from palimpsest.report.undertext import figure
 
 from palimpsest.record.row import UPSTREAM, Row
 from palimpsest.study.summary import summarise
