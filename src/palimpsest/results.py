@@ -1,11 +1,13 @@
 """What every experiment leaves behind: a directory that is opened, tracked and finished."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from palimpsest.errors import RequestError, WriteError
 from palimpsest.evaluate.asking import knows
 from palimpsest.evaluate.ruler import Prepared, Ruler, after, portraits
 from palimpsest.evaluate.scene import Scene
@@ -166,9 +168,13 @@ def _tell(directory: Path, told: Callable[[str], None], holder: Holder) -> None:
 
 
 def _also_asked(directory: Path, run: Mapping[str, Any], requests: list[str]) -> None:
-    """Note that another request came to the same run, so that it is known without a model."""
+    """Note that another request came to the same run, so that it is known without a model.
+
+    Where that cannot be written the run is done all the same.
+    """
     if not set(requests) <= set(run.get("requests") or ()):
-        add_requests(directory, requests)
+        with suppress(RequestError, WriteError):
+            add_requests(directory, requests)
 
 
 def _opened(directory: Path, task: Task, run: Mapping[str, Any] | None) -> RunStore:

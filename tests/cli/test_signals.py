@@ -5,11 +5,11 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from palimpsest.evaluate.probes import Probes
 
 from palimpsest.cli import main
 from palimpsest.cli.signals import stoppable
 from palimpsest.errors import Stopped
+from palimpsest.evaluate.probes import Probes
 from palimpsest.intervene.editors.values import ValueSearch
 from palimpsest.model.load import Pretrained
 from palimpsest.record.results import load_runs

@@ -5,19 +5,30 @@ import json
 
 import pytest
 
-from palimpsest.report import figures
-from palimpsest.report.placement import offsets, spread
-from palimpsest.report.style import escape, shorten, styles
+from palimpsest.study.figures import methods as figures
+from palimpsest.study.figures.placement import offsets, spread
+from palimpsest.study.figures.ranks import rank_curves, ranks
+from palimpsest.study.figures.style import escape, shorten, styles
 from palimpsest.study.summary import summarise
+from tests.study.reading import of
 
 
 @pytest.fixture(scope="module")
-def summaries(runs):
-    return summarise(runs)
+def results(runs):
+    return of(*runs)
 
 
-def test_recoverability_shows_all_methods_at_both_positions(summaries):
-    figure = figures.recoverability(summaries)
+@pytest.fixture(scope="module")
+def summaries(results):
+    return summarise(results)
+
+
+def drawn(results, fact_id):
+    return ranks(results, rank_curves(results, [fact_id]), fact_id)
+
+
+def test_recoverability_shows_all_methods_at_both_positions(results, summaries):
+    figure = figures.recoverability(results)
     named = {trace.legendgroup for trace in figure.data if trace.hovertext}
     assert named == {summary.label for summary in summaries}
     assert {trace.xaxis for trace in figure.data if trace.hovertext} == {"x", "x2"}
@@ -25,15 +36,15 @@ def test_recoverability_shows_all_methods_at_both_positions(summaries):
     assert dashes == {"solid", "dash"}
 
 
-def test_upstream_values_are_faint_and_say_so(summaries):
-    figure = figures.recoverability(summaries)
+def test_upstream_values_are_faint_and_say_so(results, summaries):
+    figure = figures.recoverability(results)
     faint = [t for t in figure.data if t.hovertext and t.opacity < 0.5]
     assert {t.legendgroup for t in faint} == {s.label for s in summaries} - {"none"}
     assert all("unchanged by construction" in text for t in faint for text in t.hovertext[:-1])
 
 
-def test_adaptive_probes_continue_where_retrained_ones_are_undefined(summaries):
-    figure = figures.recoverability(summaries)
+def test_adaptive_probes_continue_where_retrained_ones_are_undefined(results, summaries):
+    figure = figures.recoverability(results)
     dashed = [
         t
         for t in figure.data
@@ -42,32 +53,32 @@ def test_adaptive_probes_continue_where_retrained_ones_are_undefined(summaries):
     assert [min(t.x) for t in dashed] == [15, 15]
 
 
-def test_trade_off_names_every_point(summaries):
-    figure = figures.trade_off(summaries)
+def test_trade_off_names_every_point(results, summaries):
+    figure = figures.trade_off(results)
     names = [note.text for note in figure.layout.annotations[:-1]]
     assert names == [summary.label for summary in summaries]
     assert all(trace.error_x.array[0] >= 0 for trace in figure.data)
 
 
-def test_two_hop_shares_add_up(summaries):
-    figure = figures.two_hop(summaries)
+def test_two_hop_shares_add_up(results, summaries):
+    figure = figures.two_hop(results)
     assert [trace.name for trace in figure.data] == ["new", "old", "neither"]
     for shares in zip(*(trace.x for trace in figure.data), strict=True):
         assert sum(shares) == pytest.approx(1)
 
 
-def test_ranks_are_upside_down_and_logarithmic(summaries):
-    figure = figures.ranks(summaries, "fact-03")
+def test_ranks_are_upside_down_and_logarithmic(results, summaries):
+    figure = drawn(results, "fact-03")
     assert figure.layout.yaxis.type == "log"
     assert figure.layout.yaxis.autorange == "reversed"
     assert len([t for t in figure.data if t.showlegend]) == len(summaries)
 
 
-def test_nothing_measured_is_no_figure(summaries, write_run):
-    empty = summarise([write_run()])
+def test_nothing_measured_is_no_figure(results, write_run):
+    empty = of(write_run())
     made = (figures.recoverability(empty), figures.trade_off(empty), figures.two_hop(empty))
     assert made == (None, None, None)
-    assert figures.ranks(summaries, "fact-05") is None
+    assert drawn(results, "fact-05") is None
 
 
 def test_labels_are_escaped_in_figures(runs, write_run):
@@ -76,16 +87,16 @@ def test_labels_are_escaped_in_figures(runs, write_run):
     first, second = (
         write_run(*runs[1].rows, run_id=str(i) * 12, config=c) for i, c in enumerate((evil, config))
     )
-    found = summarise([first, second])
+    found = of(first, second)
     made = [figures.recoverability(found), figures.trade_off(found), figures.two_hop(found)]
-    made.append(figures.ranks(found, "fact-03"))
+    made.append(drawn(found, "fact-03"))
     for figure in made:
         text = json.dumps(figure.to_plotly_json())
         assert "<a href" not in text
         assert "&lt;a href" in text
 
 
-def test_controls_take_the_colour_of_what_they_imitate(summaries):
+def test_controls_take_the_colour_of_what_they_imitate(results, summaries):
     looks = styles(summaries)
     assert looks["random_delta"].colour == looks["rome [variant=plain]"].colour
     assert looks["random_delta"].marker.endswith("-open")

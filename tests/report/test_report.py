@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 import pytest
 
 from palimpsest.errors import RequestError
-from palimpsest.report.page import write_report
-from palimpsest.report.tables import latex_escape
+from palimpsest.report.latex import latex_escape
+from tests.study.reading import write_report
 
 
 class Page(HTMLParser):

@@ -1,6 +1,5 @@
-"""Values are compared only if they were measured alike, and what is not is told."""
+"""One rule says which runs, and which values, may be compared."""
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -8,140 +7,139 @@ import pytest
 from palimpsest.record.results import Results, Run, load_runs
 from palimpsest.record.row import Row
 from palimpsest.record.store import RunStore
-from palimpsest.study.against import differences
-from palimpsest.study.comparable import chosen_keys, compared, shown_keys
-from palimpsest.study.headline import table
+from palimpsest.study.against import contrasts
+from palimpsest.study.comparable import alike, asked, chosen_keys, compared, shown_keys
 from palimpsest.study.recoverable import UNLIKE
-from palimpsest.study.summary import Summary, summarise
-from tests.study.test_recoverable import FACTS, attack, share
+from palimpsest.study.summary import summarise
+from tests.study.reading import of, write_report
+from tests.study.test_recoverable import attack
 
-PARAPHRASE = "downstream/paraphrase/probability"
+KEY = "downstream/paraphrase/probability"
 INDEX = "recoverability/recoverable/index"
-FOOTNOTE = "measured differently from most runs here (downstream): not comparable with theirs"
-
-Measured = Callable[..., Run]
 
 
-def said(of: float) -> Iterator[Row]:
-    for fact, value in share(of).items():
-        yield Row(
+def said(value: float) -> list[Row]:
+    return [
+        Row(
             scope="fact", axis="downstream", metric="paraphrase", protocol="probability",
-            split="target", fact_id=fact, relation="r", prompt_id="paraphrase/0", value=value,
-        )  # fmt: skip
+            split="target", fact_id=f"f{n:02}", relation="r", prompt_id="paraphrase/0",
+            value=float(n < value * 12),
+        )
+        for n in range(12)
+    ]  # fmt: skip
 
 
-@pytest.fixture
-def measured(tmp_path: Path) -> Measured:
-    """Write a run of a method, with the rows of each measure and key."""
-
-    def write(run_id: str, *taken: tuple[str, str, Iterator[Row]]) -> Run:
-        about = {"run_id": run_id, "method": f"method_{run_id}", "seed": 0}
-        store = RunStore.open(tmp_path / run_id, about)
-        for measure, key, rows in taken:
-            store.append(rows, None, measure, key)
-        store.finish()
-        return load_runs(tmp_path / run_id)[0]
-
-    return write
+def begun(directory: Path, name: str, **by_key: float) -> RunStore:
+    run = {"run_id": name, "method": name, "model": {"fingerprint": "m"}, "seed": 0}
+    store = RunStore.open(directory / name, run)
+    for key, value in by_key.items():
+        store.append(said(value), measure="downstream", measure_key=key)
+    return store
 
 
-def by_run(results: Results) -> dict[str, Summary]:
-    return {summary.run.run_id: summary for summary in summarise(results)}
+def measured(directory: Path, name: str, **by_key: float) -> Run:
+    """A run whose paraphrases were measured under some keys."""
+    begun(directory, name, **by_key).finish()
+    return load_runs(directory / name)[0]
 
 
-# -- which key -------------------------------------------------------------------------------------
+def tried(directory: Path, name: str, key: str, found: float, **by_key: float) -> None:
+    """A run that was attacked too, under a key; the attack finds a share of the objects."""
+    store = begun(directory, name, **by_key)
+    hits = {f"f{n:02}": float(n < found * 12) for n in range(12)}
+    store.append(attack("few_shot", hits, 0.0), measure="attacks", measure_key=key)
+    store.finish()
 
 
-def test_the_key_of_most_runs_is_chosen_whatever_rows_it_has() -> None:
-    found = [("a", "m", "k1", 5), ("b", "m", "k1", 5), ("c", "m", "k2", 900)]
-    assert chosen_keys(found) == {"m": "k1"}
-
-
-def test_of_keys_of_as_many_runs_the_one_with_most_rows_is_chosen_then_the_smallest() -> None:
-    assert chosen_keys([("a", "m", "k1", 5), ("b", "m", "k2", 6)]) == {"m": "k2"}
+def test_the_key_that_most_runs_share_is_chosen() -> None:
+    rows = [("a", "m", "k1", 5), ("b", "m", "k1", 5), ("b", "m", "k0", 90), ("c", "m", "k0", 1)]
+    assert chosen_keys([*rows, ("d", "m", "k1", 1)]) == {"m": "k1"}
+    assert chosen_keys(rows) == {"m": "k0"}  # of as many runs, the one with most rows
     assert chosen_keys([("a", "m", "k2", 5), ("b", "m", "k1", 5)]) == {"m": "k1"}
-
-
-def test_each_measure_has_a_key_of_its_own() -> None:
-    found = [("a", "m", "k1", 5), ("a", "o", "k7", 5), ("b", "o", "k8", 6)]
-    assert chosen_keys(found) == {"m": "k1", "o": "k8"}
-
-
-def test_a_run_shows_the_chosen_key_else_its_own_with_most_rows() -> None:
-    found = [
-        ("a", "m", "k1", 5), ("b", "m", "k1", 5), ("b", "m", "k2", 900),
-        ("c", "m", "k3", 4), ("c", "m", "k4", 6), ("d", "m", "k6", 4), ("d", "m", "k5", 4),
-    ]  # fmt: skip
-    shown = {run: key for (run, _), key in shown_keys(found).items()}
-    assert shown == {"a": "k1", "b": "k1", "c": "k4", "d": "k5"}
-
-
-# -- what follows from it --------------------------------------------------------------------------
-
-
-def test_of_a_measure_under_two_keys_one_is_read(measured: Measured) -> None:
-    runs = [
-        measured("a", ("downstream", "k1", said(0.5)), ("downstream", "k2", said(0.25))),
-        measured("b", ("downstream", "k1", said(0.75))),
-    ]
-    results = Results.of(runs)
-    values = {run: s.values[PARAPHRASE] for run, s in by_run(results).items()}
-    assert {run: (e.value, e.n, e.note) for run, e in values.items()} == {
-        "a": (0.5, len(FACTS), None), "b": (0.75, len(FACTS), None),
+    assert shown_keys([*rows, ("d", "m", "k9", 1), ("d", "m", "k8", 1)]) == {
+        ("a", "m"): "k1", ("b", "m"): "k0", ("c", "m"): "k0", ("d", "m"): "k8",
     }  # fmt: skip
+
+
+def test_a_run_measured_further_counts_once(tmp_path: Path) -> None:
+    measured(tmp_path, "rome", old=0.25, new=0.75)
+    measured(tmp_path, "memit", new=0.5)
+    results = Results.open(tmp_path)
     compared(results)
-    assert results.query("SELECT count(*), bool_and(alike) FROM compared") == [(48, True)]
-    assert results.query("SELECT count(*) FROM rows") == [(72,)]
+    assert results.query("SELECT count(*) FROM rows") == [(36,)]
+    assert results.query("SELECT count(*), bool_and(alike) FROM compared") == [(24, True)]
+    found = {s.method: s.values[KEY].value for s in summarise(results)}
+    assert found == {"rome": 0.75, "memit": 0.5}
 
 
-def test_a_run_of_another_key_alone_has_a_footnote_and_no_difference(measured: Measured) -> None:
-    runs = [
-        measured("a", ("downstream", "k1", said(0.5))),
-        measured("b", ("downstream", "k1", said(0.75))),
-        measured("c", ("downstream", "k2", said(0.25))),
+def test_what_was_measured_otherwise_is_told_and_left_out_sharepairs(tmp_path: Path) -> None:
+    measured(tmp_path, "rome", new=0.75)
+    measured(tmp_path, "memit", new=0.5)
+    measured(tmp_path, "emmet", old=0.25)
+    results = Results.open(tmp_path)
+    found = {summary.method: summary.values[KEY] for summary in summarise(results)}
+    assert found["emmet"].value == 0.25
+    assert "measured differently from most runs here (downstream)" in str(found["emmet"].note)
+    assert (found["rome"].note, found["memit"].note) == (None, None)
+    lines = {line.summary.method: line.values[KEY] for line in contrasts(results, "rome").lines}
+    assert lines["memit"].value == pytest.approx(-0.25)
+    assert (lines["emmet"].value, lines["emmet"].note) == (None, UNLIKE)
+    assert "<li>measured differently" in write_report(tmp_path).read_text()
+
+
+def test_what_was_measured_otherwise_is_no_reference_either(tmp_path: Path) -> None:
+    for name, key, value in (("rome", "new", 0.75), ("memit", "new", 0.5), ("emmet", "old", 0.25)):
+        measured(tmp_path, name, **{key: value})
+    for line in contrasts(Results.open(tmp_path), "emmet").lines:
+        assert (line.values[KEY].value, line.values[KEY].note) == (None, UNLIKE)
+
+
+def test_an_index_shareother_attacks_has_a_note_and_no_pair(tmp_path: Path) -> None:
+    for name, key, share in (("rome", "k1", 0.5), ("memit", "k1", 0.75), ("emmet", "k2", 1.0)):
+        tried(tmp_path, name, key, share)
+    results = Results.open(tmp_path)
+    notes = {summary.method: summary.values[INDEX].note for summary in summarise(results)}
+    assert notes == {"rome": None, "memit": None, "emmet": UNLIKE}
+    lines = {line.summary.method: line.values[INDEX] for line in contrasts(results, "rome").lines}
+    assert lines["memit"].value == pytest.approx(0.25)
+    assert (lines["emmet"].value, lines["emmet"].note) == (None, UNLIKE)
+
+
+def test_another_key_shareone_measure_leaves_the_others_comparable(tmp_path: Path) -> None:
+    tried(tmp_path, "rome", "k1", 0.5, new=0.75)
+    tried(tmp_path, "memit", "k1", 0.75, old=0.5)
+    measured(tmp_path, "emmet", new=0.25)
+    [line] = [
+        line
+        for line in contrasts(Results.open(tmp_path), "rome").lines
+        if line.summary.method == "memit"
     ]
-    results = Results.of(runs)
-    found = by_run(results)
-    assert {run: s.values[PARAPHRASE].note for run, s in found.items()} == {
-        "a": None, "b": None, "c": FOOTNOTE,
-    }  # fmt: skip
-    assert found["c"].values[PARAPHRASE].value == 0.25
-    notes = [cell.note for line in table(summarise(results)).lines for cell in line.cells
-             if getattr(cell, "note", None) == FOOTNOTE]  # fmt: skip
-    assert notes == [FOOTNOTE]
-    made = differences(results, found["a"], [found["b"], found["c"]])[PARAPHRASE]
-    assert (made["b"].value, made["b"].note) == (0.25, None)
-    assert (made["c"].value, made["c"].note) == (None, UNLIKE)
-    other = differences(results, found["c"], [found["a"]])[PARAPHRASE]
-    assert (other["a"].value, other["a"].note) == (None, UNLIKE)
+    assert line.values[INDEX].value == pytest.approx(0.25)
+    assert line.values[KEY].note == UNLIKE
 
 
-def test_an_index_of_another_key_has_a_note_and_no_difference(measured: Measured) -> None:
-    def tried(key: str, of: float) -> tuple[str, str, Iterator[Row]]:
-        return "attacks", key, attack("few_shot", share(of), 0.0)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"fingerprint": "other"}},
+        {"config": {"model": {"prefix": "x"}}},
+        {"facts": {"fingerprint": "other"}},
+        {"config": {"facts": {"test": 9}}},
+        {"seed": 1},
+    ],
+)
+def test_runs_that_were_asked_something_else_are_not_alike(change: dict, write_run) -> None:
+    one = write_run(*said(0.5), model={"fingerprint": "m"}, seed=0)
+    other = write_run(
+        *said(0.5), run_id="1" * 12, **{"model": {"fingerprint": "m"}, "seed": 0, **change}
+    )
+    assert asked(one) != asked(other)
+    assert alike(of(one, other), one) == {one.run_id}
 
-    shapes = (("a", "k1", 0.5), ("b", "k1", 0.75), ("c", "k2", 1.0))
-    runs = [measured(run, tried(key, of)) for run, key, of in shapes]
-    results = Results.of(runs)
-    found = by_run(results)
-    assert {run: s.values[INDEX].note for run, s in found.items()} == {
-        "a": None, "b": None, "c": UNLIKE,
-    }  # fmt: skip
-    made = differences(results, found["a"], [found["b"], found["c"]])[INDEX]
-    assert made["b"].value == pytest.approx(0.25)
-    assert (made["c"].value, made["c"].note) == (None, UNLIKE)
 
-
-def test_another_key_of_one_measure_leaves_the_others_comparable(measured: Measured) -> None:
-    rows = ("attacks", "k9", attack("few_shot", share(0.5), 0.0))
-    runs = [
-        measured("a", ("downstream", "k1", said(0.5)), rows),
-        measured("b", ("downstream", "k1", said(0.5))),
-        measured("c", ("downstream", "k2", said(0.25)),
-                 ("attacks", "k9", attack("few_shot", share(0.75), 0.0))),
-    ]  # fmt: skip
-    results = Results.of(runs)
-    found = by_run(results)
-    made = differences(results, found["a"], [found["c"]])
-    assert made[INDEX]["c"].value == pytest.approx(0.25)
-    assert made[PARAPHRASE]["c"].note == UNLIKE
+def test_rulers_paths_and_methods_do_not_tell_runs_apart(write_run) -> None:
+    settings = {"facts": {"path": "here"}, "evaluate": {"stride": 1}, "intervene": {"steps": 2}}
+    one = write_run(*said(0.5), config=settings)
+    other = write_run(*said(0.2), run_id="1" * 12, config={"facts": {"path": "there"}})
+    fewer = write_run(*said(0.5)[1:], run_id="2" * 12, config=settings)
+    assert alike(of(one, other, fewer), one) == {one.run_id, other.run_id}

@@ -14,18 +14,16 @@ import matplotlib
 import matplotlib.image
 import numpy as np
 import pytest
-from palimpsest.report.tables import to_csv as headline_csv
-from palimpsest.report.trace_pictures import write_view
-from palimpsest.report.trace_style import colour_stops, fact_title, limits, token_text
-from rich.console import Console
 
-from palimpsest.record.results import Run, load_runs
+from palimpsest.record.results import Results, Run, load_runs
 from palimpsest.record.row import Row
 from palimpsest.record.store import RunStore
-from palimpsest.report import trace_figures
-from palimpsest.report.page import write_report
-from palimpsest.report.terminal import print_summary
-from palimpsest.study.summary import summarise
+from palimpsest.report.csv import to_csv
+from palimpsest.report.pictures import write_pictures
+from palimpsest.study.figures import tracing as trace_figures
+from palimpsest.study.figures.trace_style import colour_stops, fact_title, limits, token_text
+from palimpsest.study.headline import Headline
+from palimpsest.study.study import Picture
 from palimpsest.study.traces import (
     average_map,
     band,
@@ -33,10 +31,11 @@ from palimpsest.study.traces import (
     is_trace,
     kind_text,
     peak,
-    to_csv,
     traced_facts,
     views,
 )
+from palimpsest.study.tracing import Tracing
+from tests.study.reading import csv_of, of, printed, write_report
 
 LAYERS = (0, 2, 5)
 KINDS = ("residual", "mlp_window_10", "attention_window_10")
@@ -66,6 +65,11 @@ def fact_rows(fact: int, corruption: str, named: bool, layers: Sequence[int]) ->
             if not named:
                 rows.append(Row(**about, **place, position=f"token/{token}", value=value, n=10))
     return rows
+
+
+def write_view(run: Run, folder: Path) -> list[Path]:
+    blocks = Tracing().read(of(run))
+    return write_pictures([block for block in blocks if isinstance(block, Picture)], folder)
 
 
 def null(row: Row) -> Row:
@@ -100,7 +104,7 @@ def traced(tmp_path_factory) -> Run:
 
 @pytest.fixture(scope="module")
 def view(traced):
-    return views([traced])[0]
+    return views(of(traced))[0]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +125,7 @@ def mixed(tmp_path_factory, sweep) -> Path:
 
 def test_only_runs_of_tracing_are_viewed(traced, runs):
     assert [is_trace(run) for run in (traced, runs[0])] == [True, False]
-    [found] = views([runs[0], traced, runs[1]])
+    [found] = views(of(runs[0], traced, runs[1]))
     assert found.run is traced
     assert found.protocols == tuple(f"noise/{kind}" for kind in KINDS)
     assert (found.layers, found.groups) == (LAYERS, PLACES)
@@ -170,7 +174,9 @@ def test_a_missing_value_is_a_gap(tmp_path, write_run):
     run = trace_run(tmp_path, facts=2)
     gone = {("token/3", 2), ("last_subject", 2)}
     rows = [null(row) if (row.position, row.layer) in gone else row for row in run.rows]
-    [found] = views([dataclasses.replace(run, rows=rows)])
+    gappy = write_run(*rows, method="trace")
+    shutil.copy(run.path / "facts.json", gappy.path)
+    [found] = views(of(gappy))
     [fact] = traced_facts(found)
     assert np.isnan(fact.maps["noise/residual"][3]).tolist() == [False, True, False]
     assert np.isnan(average_map(found, "noise/residual")[2]).tolist() == [False, True, False]
@@ -179,16 +185,16 @@ def test_a_missing_value_is_a_gap(tmp_path, write_run):
 
 
 def test_only_the_first_facts_have_a_map(tmp_path):
-    [found] = views([trace_run(tmp_path, facts=15, layers=(2,))])
+    [found] = views(of(trace_run(tmp_path, facts=15, layers=(2,))))
     assert len(traced_facts(found)) == 12
     assert hidden_facts(found) == 2
 
 
 def test_named_positions_alone_make_no_maps_of_facts(tmp_path):
     run = trace_run(tmp_path, facts=2, named=True, layers=(3,))
-    [found] = views([run])
+    [found] = views(of(run))
     assert traced_facts(found) == []
-    assert {path.name for path in write_view(found, tmp_path / "figures")} == {
+    assert {path.name for path in write_view(run, tmp_path / "figures")} == {
         f"{name}.{kind}" for name in ("aie", "average") for kind in ("png", "pdf")
     }
 
@@ -196,15 +202,15 @@ def test_named_positions_alone_make_no_maps_of_facts(tmp_path):
 def test_nothing_traced_is_nothing_shown(tmp_path, write_run):
     failed = trace_run(tmp_path, facts=1)
     for run in (failed, write_run(method="trace")):
-        [found] = views([run])
+        [found] = views(of(run))
         assert (found.protocols, found.layers, found.groups) == ((), (), ())
         assert (trace_figures.average(found), trace_figures.curves(found)) == (None, None)
-        assert write_view(found, run.path / "figures") == []
+        assert write_view(run, run.path / "figures") == []
         assert "Causal tracing" in write_report(run.path).read_text()
 
 
-def test_csv_has_a_line_for_each_cell(view):
-    lines = list(csv.DictReader(io.StringIO(to_csv([view]))))
+def test_csv_has_a_line_for_each_cell(traced):
+    lines = list(csv.DictReader(io.StringIO(csv_of(Tracing().read(of(traced))))))
     assert len(lines) == len(KINDS) * len(PLACES) * len(LAYERS)
     [line] = [
         x
@@ -279,8 +285,7 @@ def test_limits_reach_zero():
 
 def test_pictures_are_whole_and_named_by_place(tmp_path):
     before = dict(matplotlib.rcParams)
-    [view] = views([trace_run(tmp_path, facts=3)])
-    paths = write_view(view, tmp_path / "figures")
+    paths = write_view(trace_run(tmp_path, facts=3), tmp_path / "figures")
     names = ["aie", "average", "fact-0", "fact-1"]
     assert [path.name for path in paths] == [
         f"{n}.{kind}" for n in names for kind in ("png", "pdf")
@@ -323,7 +328,7 @@ def test_the_summary_table_reads_without_scripts(page):
 def test_a_mixed_report_keeps_them_apart(mixed, runs):
     html = (mixed / "report.html").read_text()
     assert html.index("What is left, what was lost") < html.index("<h2>Causal tracing</h2>")
-    assert (mixed / "report.csv").read_text() == headline_csv(summarise(runs))
+    assert (mixed / "report.csv").read_text() == to_csv(Headline().read(of(*runs))[0])
     assert "trace" not in (mixed / "report.tex").read_text()
     folders = {path.name: path for path in (mixed / "figures").iterdir()}
     assert folders.keys() == {"dd0000000001", "dd0000000002"}
@@ -356,9 +361,7 @@ def test_the_charts_of_the_page_are_json(mixed):
 
 @pytest.mark.parametrize("width", [100, 120])
 def test_the_terminal_shows_both_kinds_of_run(mixed, width):
-    console = Console(file=io.StringIO(), width=width)
-    print_summary(load_runs(mixed), console)
-    text = console.file.getvalue()
+    text = printed(Results.open(mixed), width)
     assert "downstream: eff" in text
     assert "trace [corruption=other_subject], corrupted by another subject" in text
     assert "MLP output, window of 10" in text
@@ -366,9 +369,8 @@ def test_the_terminal_shows_both_kinds_of_run(mixed, width):
 
 
 def test_the_terminal_shows_tracing_alone(traced):
-    console = Console(file=io.StringIO(), width=110)
-    print_summary([traced], console)
-    text = console.file.getvalue()
-    assert text.startswith("trace, corrupted by noise\nclean probability 0.80")
+    text = printed(of(traced))
+    assert text.startswith("trace, corrupted by noise\nrestored")
+    assert "clean probability 0.80" in text
     assert f"1 of 4 values missing: {CAUSE}." in text
     assert "downstream" not in text
