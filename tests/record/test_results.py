@@ -40,6 +40,10 @@ def rows_twice(run: Path) -> None:
         connection.execute(f"COPY found TO '{file}' (FORMAT parquet)")
 
 
+def other_columns(run: Path) -> None:
+    duckdb.execute(f"COPY (SELECT 1 AS value) TO '{run / 'rows.parquet'}' (FORMAT parquet)")
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "not an object": (text("[]"), "expected the keys"),
     "other keys": (text('{"name": "x"}'), "expected the keys"),
@@ -52,6 +56,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "not done": (lambda run: rewritten(run, status="running"), "expected status 'done'"),
     "rows twice": (rows_twice, "1 of 3 rows are there twice"),
     "rows cut off": (lambda run: (run / "rows.parquet").write_bytes(b"PAR1 cut"), "rows.parquet"),
+    "no rows": (lambda run: (run / "rows.parquet").unlink(), "rows.parquet"),
+    "other columns": (other_columns, "rows.parquet"),
     "facts of another kind": (lambda run: (run / "facts.json").write_text("[1]"), "facts.json"),
 }
 
@@ -107,3 +113,18 @@ def test_states_are_told_where_nothing_is_finished(tmp_path: Path) -> None:
     RunStore.open(tmp_path / "a", {"run_id": "d" * 12, "method": "rome"}).fail("boom")
     with pytest.raises(RequestError, match="found dddddddddddd failed; run"):
         Results.open(tmp_path)
+
+
+def test_of_several_that_cannot_be_read_the_first_is_told(tmp_path: Path) -> None:
+    for letter in "abc":
+        (finished(tmp_path, letter * 12) / "rows.parquet").write_bytes(b"PAR1 cut")
+    with pytest.raises(RequestError, match=r"a{12}.*\(2 more cannot be read either\)"):
+        Results.open(tmp_path)
+
+
+def test_rows_that_went_away_are_told(tmp_path: Path) -> None:
+    path = finished(tmp_path)
+    found = Results.open(tmp_path)
+    (path / "rows.parquet").unlink()
+    with pytest.raises(RequestError, match="ask for the report again"):
+        found.query("SELECT count(*) FROM rows")

@@ -21,8 +21,10 @@ from palimpsest.study.intervals import (
     varies,
     weighted_mean,
 )
+from palimpsest.study.localization import LEAST_EFFECT
 from palimpsest.study.recoverable import BUDGET, LEAST, PROBES, ZONES, left_out, optimism
 from palimpsest.study.recoverable import recoverable as index
+from palimpsest.study.sequences import FIRST, MEASURES, Measure
 
 Place = tuple[str, int, str]
 
@@ -446,3 +448,131 @@ def _of_aggregates(one: Estimate, other: Estimate) -> Estimate:
     if one.value is None or other.value is None or one.n != other.n:
         return Estimate(None, note=f"not over the same: n = {one.n:,} and {other.n:,}")
     return Estimate(one.value - other.value, n=one.n, note=one.note or other.note)
+
+
+# -- along a sequence ------------------------------------------------------------------------------
+
+
+def courses(runs: Sequence[Run]) -> dict[str, dict[int, dict[str, Estimate]]]:
+    """By run, number of edits and measure; runs of `none` beside the run that shares the most."""
+    edited = {run.run_id: (run, facts) for run in runs if (facts := _edited(run))}
+    found = {
+        run.run_id: {step: _stage(run, step, some, facts) for step, some in sorted(facts.items())}
+        for run, facts in edited.values()
+    }
+    for unchanged in (run for run in runs if run.method == "none" and run.run_id not in edited):
+        known = {row.fact_id for row in unchanged.select("efficacy", "probability")}
+        same = [facts for run, facts in edited.values() if _model(run) == _model(unchanged)]
+        if same:
+            beside = max(same, key=lambda facts: sum(some <= known for some in facts.values()))
+            kept = {step: some if some <= known else set() for step, some in beside.items()}
+            found[unchanged.run_id] = {
+                step: _stage(unchanged, None, some, kept) for step, some in kept.items()
+            }
+    return found
+
+
+def _model(run: Run) -> Any:
+    return (run.run.get("model") or {}).get("fingerprint")
+
+
+def _edited(run: Run) -> dict[int, set[str]]:
+    facts: dict[int, set[str]] = {}
+    for row in run.select("efficacy", "probability"):
+        if row.step is not None and row.fact_id is not None:
+            facts.setdefault(row.step, set()).add(row.fact_id)
+    return facts
+
+
+def _stage(
+    run: Run, at: int | None, edited: set[str], facts: Mapping[int, set[str]]
+) -> dict[str, Estimate]:
+    """The rows whose step is `at`, over the facts edited so far, or over the first of them."""
+    first = {fact for k, some in facts.items() if k <= FIRST for fact in some} & edited
+    return {m.key: _followed(run, m, at, first if m.first else edited) for m in MEASURES}
+
+
+def _followed(run: Run, measure: Measure, at: int | None, facts: set[str]) -> Estimate:
+    rows = rows_of(*measure.rows, measure.prompt, step=at)(run)
+    if at is None and measure.metric == "score":
+        rows = []
+    return estimate([row for row in rows if row.fact_id is None or row.fact_id in facts])
+
+
+# -- traces against edits and erasures -------------------------------------------------------------
+
+
+def chances(run: Run, metric: str) -> dict[tuple[str, str | None, str], float]:
+    """Probabilities by fact, relation and prompt, after the last edit, on unseen prompts."""
+    return {
+        (str(row.fact_id), row.relation, str(row.prompt_id)): row.value
+        for row in run.select(metric, "string", step=None)
+        if row.value is not None and row.prompt_id != "fit"
+    }
+
+
+def success(run: Run, unchanged: Run, objective: str) -> dict[tuple[str, str | None], float]:
+    """How well an edit worked by fact and relation."""
+    metric = "new_probability" if objective == "inject" else "old_probability"
+    before = chances(unchanged, metric)
+    reached: dict[tuple[str, str | None], list[float]] = {}
+    for (fact, relation, prompt), p in chances(run, metric).items():
+        p0 = before.get((fact, relation, prompt))
+        if p0 is not None:
+            removed = max(0.0, (p0 - p) / p0) if p0 > 0 else 1.0
+            wrote = (p - p0) / (1 - p0) if p0 < 1 else 1.0
+            share = removed if objective in ("erase", "trace_reversal") else wrote
+            reached.setdefault((fact, relation), []).append(share)
+    return {key: fmean(values) for key, values in reached.items()}
+
+
+def restored_shares(
+    traced: Sequence[Run], protocol: str
+) -> tuple[dict[tuple[str, int], float], set[str]]:
+    """The share of the total effect that restoring a state brings back, and facts left out."""
+    shares: dict[tuple[str, int], float] = {}
+    left_out: set[str] = set()
+    for run in traced:
+        totals = {
+            row.fact_id: row.value for row in run.select("total_effect", protocol.partition("/")[0])
+        }
+        for row in run.select("indirect_effect", protocol, position="last_subject"):
+            total = totals.get(row.fact_id)
+            if row.value is None or total is None or row.layer is None:
+                continue
+            if total < LEAST_EFFECT:
+                left_out.add(str(row.fact_id))
+            else:
+                shares[str(row.fact_id), row.layer] = row.value / total
+    return shares, left_out
+
+
+def effects(traced: Sequence[Run], protocol: str, position: str) -> dict[int, dict[str, float]]:
+    """Indirect effects by layer and fact; a fact's tokens of one group averaged."""
+    found: dict[int, dict[str, list[float]]] = {}
+    for run in traced:
+        for row in run.select("indirect_effect", protocol, position=position):
+            if row.value is not None and row.layer is not None:
+                found.setdefault(row.layer, {}).setdefault(str(row.fact_id), []).append(row.value)
+    return {
+        layer: {fact: float(np.mean(values)) for fact, values in facts.items()}
+        for layer, facts in found.items()
+    }
+
+
+def brought(run: Run, unchanged: Run, outcome: str) -> dict[str, float]:
+    """Unchanged less erased, by fact."""
+    before, after = (
+        {str(r.fact_id): r.value for r in _outcome(each, outcome) if r.value is not None}
+        for each in (unchanged, run)
+    )
+    return {fact: before[fact] - value for fact, value in after.items() if fact in before}
+
+
+def _outcome(run: Run, outcome: str) -> list[Row]:
+    if outcome == "answers removed":
+        return run.select("relation_accuracy", "vocabulary")
+    if outcome == "cost elsewhere":
+        return run.select("other_accuracy", "vocabulary")
+    rows = run.select("probe_accuracy", "retrained", split="test", position="last_prompt")
+    return [row for row in rows if row.layer == _deepest(rows)]

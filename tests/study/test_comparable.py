@@ -12,8 +12,10 @@ from palimpsest.study.comparable import alike, asked, chosen_keys, compared, sho
 from palimpsest.study.recoverable import UNLIKE
 from palimpsest.study.summary import summarise
 from tests.study.reading import of, write_report
+from tests.study.test_recoverable import attack
 
 KEY = "downstream/paraphrase/probability"
+INDEX = "recoverability/recoverable/index"
 
 
 def said(value: float) -> list[Row]:
@@ -27,14 +29,26 @@ def said(value: float) -> list[Row]:
     ]  # fmt: skip
 
 
-def measured(directory: Path, name: str, **by_key: float) -> Run:
-    """A run whose paraphrases were measured under some keys."""
+def begun(directory: Path, name: str, **by_key: float) -> RunStore:
     run = {"run_id": name, "method": name, "model": {"fingerprint": "m"}, "seed": 0}
     store = RunStore.open(directory / name, run)
     for key, value in by_key.items():
         store.append(said(value), measure="downstream", measure_key=key)
-    store.finish()
+    return store
+
+
+def measured(directory: Path, name: str, **by_key: float) -> Run:
+    """A run whose paraphrases were measured under some keys."""
+    begun(directory, name, **by_key).finish()
     return load_runs(directory / name)[0]
+
+
+def tried(directory: Path, name: str, key: str, found: float, **by_key: float) -> None:
+    """A run that was attacked too, under a key; the attack finds a share of the objects."""
+    store = begun(directory, name, **by_key)
+    hits = {f"f{n:02}": float(n < found * 12) for n in range(12)}
+    store.append(attack("few_shot", hits, 0.0), measure="attacks", measure_key=key)
+    store.finish()
 
 
 def test_the_key_that_most_runs_share_is_chosen() -> None:
@@ -58,7 +72,7 @@ def test_a_run_measured_further_counts_once(tmp_path: Path) -> None:
     assert found == {"rome": 0.75, "memit": 0.5}
 
 
-def test_what_was_measured_otherwise_is_told_and_left_out_of_pairs(tmp_path: Path) -> None:
+def test_what_was_measured_otherwise_is_told_and_left_out_sharepairs(tmp_path: Path) -> None:
     measured(tmp_path, "rome", new=0.75)
     measured(tmp_path, "memit", new=0.5)
     measured(tmp_path, "emmet", old=0.25)
@@ -71,6 +85,37 @@ def test_what_was_measured_otherwise_is_told_and_left_out_of_pairs(tmp_path: Pat
     assert lines["memit"].value == pytest.approx(-0.25)
     assert (lines["emmet"].value, lines["emmet"].note) == (None, UNLIKE)
     assert "<li>measured differently" in write_report(tmp_path).read_text()
+
+
+def test_what_was_measured_otherwise_is_no_reference_either(tmp_path: Path) -> None:
+    for name, key, value in (("rome", "new", 0.75), ("memit", "new", 0.5), ("emmet", "old", 0.25)):
+        measured(tmp_path, name, **{key: value})
+    for line in contrasts(Results.open(tmp_path), "emmet").lines:
+        assert (line.values[KEY].value, line.values[KEY].note) == (None, UNLIKE)
+
+
+def test_an_index_shareother_attacks_has_a_note_and_no_pair(tmp_path: Path) -> None:
+    for name, key, share in (("rome", "k1", 0.5), ("memit", "k1", 0.75), ("emmet", "k2", 1.0)):
+        tried(tmp_path, name, key, share)
+    results = Results.open(tmp_path)
+    notes = {summary.method: summary.values[INDEX].note for summary in summarise(results)}
+    assert notes == {"rome": None, "memit": None, "emmet": UNLIKE}
+    lines = {line.summary.method: line.values[INDEX] for line in contrasts(results, "rome").lines}
+    assert lines["memit"].value == pytest.approx(0.25)
+    assert (lines["emmet"].value, lines["emmet"].note) == (None, UNLIKE)
+
+
+def test_another_key_shareone_measure_leaves_the_others_comparable(tmp_path: Path) -> None:
+    tried(tmp_path, "rome", "k1", 0.5, new=0.75)
+    tried(tmp_path, "memit", "k1", 0.75, old=0.5)
+    measured(tmp_path, "emmet", new=0.25)
+    [line] = [
+        line
+        for line in contrasts(Results.open(tmp_path), "rome").lines
+        if line.summary.method == "memit"
+    ]
+    assert line.values[INDEX].value == pytest.approx(0.25)
+    assert line.values[KEY].note == UNLIKE
 
 
 @pytest.mark.parametrize(

@@ -85,8 +85,8 @@ class Run:
     @property
     def source(self) -> Path:
         """The file that holds its rows: rows.parquet, or rows.jsonl while the run is going."""
-        parquet = self.path / "rows.parquet"
-        return parquet if parquet.exists() else self.path / "rows.jsonl"
+        parquet, done = self.path / "rows.parquet", self.path / "DONE"
+        return parquet if parquet.exists() or done.exists() else self.path / "rows.jsonl"
 
     @cached_property
     def rows(self) -> list[Row]:

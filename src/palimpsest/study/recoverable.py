@@ -161,14 +161,12 @@ def profiles(results: Results) -> dict[str, dict[str, Estimate]]:
 
 
 def _profile(found: Sequence[Reading]) -> dict[str, Estimate]:
-    reached = [r for r in found if len(r.facts) and not r.upstream]
-    states = [r.place.layer for r in reached if r.place.layer is not None]
+    states = [r.place.layer for r in found if r.place.layer is not None and not r.upstream]
     if not states:
         return {}
     zones: dict[str, list[Reading]] = {zone: [] for zone in ZONES}
     for reading in found:
-        if len(reading.facts):
-            zones[_zone(reading, min(states))].append(reading)
+        zones[_zone(reading, min(states))].append(reading)
     return {zone: _index(some) for zone, some in zones.items() if some}
 
 
@@ -293,8 +291,7 @@ _SUCCESSES = f"""WITH found AS (
     SELECT {_PLACE}, metric, fact_id, last(relation ORDER BY prompt_id, step) AS relation,
         last(value ORDER BY prompt_id NULLS FIRST, step NULLS FIRST) {_VALUED} AS value,
         first(prompt_id ORDER BY prompt_id NULLS FIRST) {_VALUED} AS prompt,
-        bool_and(contains(coalesce(note, ''), {sql_text(UPSTREAM)})) {_VALUED} AS upstream,
-        bool_and(alike) AS alike
+        contains(coalesce(note, ''), {sql_text(UPSTREAM)}) AS upstream, bool_and(alike) AS alike
     FROM compared
     WHERE split = 'target' AND fact_id IS NOT NULL AND (
         (metric = 'attack_success' AND budget = {BUDGET})
@@ -302,13 +299,13 @@ _SUCCESSES = f"""WITH found AS (
     )
     GROUP BY ALL
 )
-SELECT run_id, protocol, layer, position, coalesce(bool_and(upstream), false), bool_and(alike),
+SELECT run_id, protocol, layer, position, upstream, bool_and(alike),
     list(fact_id ORDER BY fact_id) {_VALUED}, list(relation ORDER BY fact_id) {_VALUED},
     list(value ORDER BY fact_id) {_VALUED}
-FROM found GROUP BY run_id, protocol, layer, position, metric
+FROM found GROUP BY run_id, protocol, layer, position, metric, upstream
 ORDER BY run_id, metric, protocol, min(fact_id) {_VALUED},
     first(prompt ORDER BY fact_id) {_VALUED} NULLS FIRST, layer NULLS FIRST, position"""
-"""A record for each place, in the order of the rows."""
+"""A record for each place, in the order of the rows; those that the change reaches apart."""
 
 
 def _chances(results: Results) -> dict[tuple[str, Place], float]:
