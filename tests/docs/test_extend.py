@@ -84,8 +84,8 @@ def test_a_run_with_all_three(written, call, tiny):
     entropies = [row.value for row in run.select("entropy", "next_token")]
     assert len(entropies) == 2 * len(run.facts)
     assert fmean(entropies) > fmean(row.value for row in none.select("entropy", "next_token"))
-    words = ["--config-dir", "conf", "+study=by_relation", "studies.by_relation.metric=paraphrase"]
-    words += ["studies.by_relation.protocol=probability"]
+    words = ["--config-dir", "conf", "+study@studies.by_relation=by_relation"]
+    words += ["studies.by_relation.metric=paraphrase", "studies.by_relation.protocol=probability"]
     assert call("report", "results/runs", *words).code == 0
     page = Path("results/runs/report.html").read_text(encoding="utf-8")
     assert "entropy" in page

@@ -39,7 +39,7 @@ EXAMPLES = {
     "report": (
         "palimpsest report results/quickstart",
         "palimpsest report results/quickstart --against rome",
-        "palimpsest report results/quickstart --config-dir conf +study=mine",
+        "palimpsest report results/quickstart --config-dir conf +study@studies.mine=mine",
     ),
     "ask": (
         'palimpsest ask "The Eiffel Tower is located in the city of" --subject "the Eiffel Tower" '

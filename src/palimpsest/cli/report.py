@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
@@ -10,7 +10,9 @@ from palimpsest.cli.configuration import as_request, resource
 from palimpsest.cli.conversion import part
 from palimpsest.cli.words import Parser, Screen, quoted
 from palimpsest.errors import RequestError
-from palimpsest.study.study import Study
+
+if TYPE_CHECKING:
+    from palimpsest.study.study import Study
 
 
 def add_arguments(parser: Parser) -> None:
@@ -23,7 +25,10 @@ def add_arguments(parser: Parser) -> None:
         "--against", metavar="RUN", help="a label or method: differences from it, fact by fact"
     )
     parser.add_argument(
-        "--config-dir", metavar="DIR", type=Path, help="add studies of your own: +study=NAME"
+        "--config-dir",
+        metavar="DIR",
+        type=Path,
+        help="studies of your own: +study@studies.NAME=FILE",
     )
 
 
@@ -45,7 +50,7 @@ def report(
 
 def studies(
     against: str | None = None, overrides: Sequence[str] = (), config_dir: Path | None = None
-) -> list[Study]:
+) -> "list[Study]":
     """The studies of conf/report.yaml, and those that overrides add.
 
     Args:
@@ -75,7 +80,7 @@ def studies(
     return [_made(str(name), node) for name, node in config.studies.items()]
 
 
-def _made(name: str, node: Any) -> Study:
+def _made(name: str, node: Any) -> "Study":
     """One study.
 
     Raises:
