@@ -32,7 +32,17 @@ def test_every_public_module_stands_in_one_page():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_is_that_of_its_room(page):
     room = "cli" if page.stem == "command" else page.stem
-    floors = ("apply", "experiment", "tracing", "results", "cache", "errors", "files", "locks")
+    floors = (
+        "apply",
+        "experiment",
+        "tracing",
+        "further",
+        "results",
+        "cache",
+        "errors",
+        "files",
+        "locks",
+    )
     others = {f"palimpsest.{name}" for name in floors}
     allowed = others if page.stem == "command" else set()
     for name in SHOWN[page]:
