@@ -37,7 +37,7 @@ docs: $(VENV)/.installed-docs ## build the documentation into site/, warnings ar
 bench: $(VENV)/.installed ## time the phases that matter; COUNTERFACT=file, THREADS=1, ONLY=probes
 	$(PYTHON) -m benchmarks.bench $(if $(COUNTERFACT),--counterfact $(COUNTERFACT)) \
 	    $(if $(THREADS),--threads $(THREADS)) $(if $(ONLY),--only $(ONLY))
-	$(PYTHON) -m benchmarks.report
+	$(if $(ONLY),,$(PYTHON) -m benchmarks.report)
 
 bench-gpu: $(VENV)/.installed ## seconds per edit on a GPU at the sizes of GPT-2 XL and GPT-J
 	$(PYTHON) -m benchmarks.gpu
