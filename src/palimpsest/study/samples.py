@@ -36,42 +36,54 @@ def samples(
     over = by if over is None else over
     own, wide = _listed(by), _listed(over)
     records = results.query(
-        f"""WITH found AS ({found}),
-        ends AS (
-            SELECT run_id{wide}, CASE WHEN count(*) = count(step) THEN max(step) END AS ending
-            FROM found GROUP BY ALL
-        ),
-        kept AS (
-            SELECT found.* FROM found JOIN ends ON {_same(["run_id", *over])}
-            WHERE counts AND found.step IS NOT DISTINCT FROM ending
-        ),
-        means AS (
-            SELECT run_id{own}, fact_id, max(relation) AS relation, avg(value) AS mean FROM kept
-            WHERE fact_id IS NOT NULL AND value IS NOT NULL GROUP BY ALL
-        ),
-        facts AS (
-            SELECT run_id{own}, list(mean ORDER BY fact_id) AS means,
-                list(fact_id ORDER BY fact_id) AS ids, list(relation ORDER BY fact_id) AS relations
-            FROM means GROUP BY ALL
-        ),
-        whole AS (
-            SELECT run_id{own}, count(*) AS asked, count(value) AS present,
-                sum(value * greatest(n, 1)) AS total,
-                sum(greatest(n, 1)) FILTER (value IS NOT NULL) AS weight,
-                list(DISTINCT coalesce(nullif(note, ''), 'no cause given'))
-                    FILTER (value IS NULL) AS causes,
-                bool_and(contains(coalesce(note, ''), {sql_text(UPSTREAM)}))
-                    FILTER (value IS NOT NULL) AS upstream,
-                list(DISTINCT measure) FILTER (NOT alike) AS unlike
-            FROM kept GROUP BY ALL
+        _SAMPLES.format(
+            found=found,
+            own=own,
+            wide=wide,
+            whole=_listed(by, "whole."),
+            ends_of=_same(["run_id", *over]),
+            facts_of=_same(["run_id", *by], "whole", "facts"),
+            upstream=sql_text(UPSTREAM),
         )
-        SELECT whole.run_id{_listed(by, "whole.")}, means, ids, relations, asked, present, total,
-            weight, causes, upstream, unlike
-        FROM whole LEFT JOIN facts ON {_same(["run_id", *by], "whole", "facts")}
-        ORDER BY ALL"""
     )
     width, pool = 1 + len(by), _Pool()
     return {record[:width]: _sample(pool, *record[width:]) for record in records}
+
+
+_SAMPLES = """WITH found AS ({found}),
+ends AS (
+    SELECT run_id{wide}, CASE WHEN count(*) = count(step) THEN max(step) END AS ending
+    FROM found GROUP BY ALL
+),
+kept AS (
+    SELECT found.* FROM found JOIN ends ON {ends_of}
+    WHERE counts AND found.step IS NOT DISTINCT FROM ending
+),
+means AS (
+    SELECT run_id{own}, fact_id, max(relation) AS relation, avg(value) AS mean FROM kept
+    WHERE fact_id IS NOT NULL AND value IS NOT NULL GROUP BY ALL
+),
+facts AS (
+    SELECT run_id{own}, list(mean ORDER BY fact_id) AS means,
+        list(fact_id ORDER BY fact_id) AS ids, list(relation ORDER BY fact_id) AS relations
+    FROM means GROUP BY ALL
+),
+whole AS (
+    SELECT run_id{own}, count(*) AS asked, count(value) AS present,
+        sum(value * greatest(n, 1)) AS total,
+        sum(greatest(n, 1)) FILTER (value IS NOT NULL) AS weight,
+        list(DISTINCT coalesce(nullif(note, ''), 'no cause given'))
+            FILTER (value IS NULL) AS causes,
+        bool_and(contains(coalesce(note, ''), {upstream}))
+            FILTER (value IS NOT NULL) AS upstream,
+        list(DISTINCT measure) FILTER (NOT alike) AS unlike
+    FROM kept GROUP BY ALL
+)
+SELECT whole.run_id{whole}, means, ids, relations, asked, present, total,
+    weight, causes, upstream, unlike
+FROM whole LEFT JOIN facts ON {facts_of}
+ORDER BY ALL"""
+"""A record for each sample. `found`, `own` and so on are filled in."""
 
 
 def picked(condition: str, *columns: str, counts: str = "true") -> str:
