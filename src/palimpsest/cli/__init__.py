@@ -180,15 +180,17 @@ def _add_sweep(commands: Commands) -> None:
 
 
 def _add_measure(commands: Commands) -> None:
-    from palimpsest.cli.measure import add_arguments
-
     parser = _command(
         commands,
         "measure",
         "measure finished runs further, from their saved interventions; nothing is fitted",
     )
     parser.intermixed = True
-    add_arguments(parser)
+    parser.add_argument("directory", type=Path, help="a sweep's directory, or one run's")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="evaluate=..., model.path=..."
+    )
+    parser.add_argument("--config-dir", metavar="DIR", help="add configuration of your own")
     parser.set_defaults(call=_measure)
 
 

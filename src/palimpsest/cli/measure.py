@@ -24,18 +24,6 @@ PLACES = r"model\.(path|device|device_map|batch_size|compile)|facts\.path|record
 _PARTS = ("model", "facts", "record", "seed")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's words."""
-    parser.add_argument("directory", type=Path, help="a sweep's directory, or one run's")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="evaluate=..., model.path=...",
-    )
-    parser.add_argument("--config-dir", metavar="DIR", help="add configuration of your own")
-
-
 def measure(options: argparse.Namespace) -> int:
     """Measure the finished runs of a directory with what they lack.
 
