@@ -9,6 +9,7 @@ import duckdb
 import pytest
 
 from palimpsest.errors import RequestError
+from palimpsest.locks import held
 from palimpsest.record.results import Results, load_runs
 from palimpsest.record.row import Row
 from palimpsest.record.store import RunStore
@@ -128,3 +129,15 @@ def test_rows_that_went_away_are_told(tmp_path: Path) -> None:
     (path / "rows.parquet").unlink()
     with pytest.raises(RequestError, match="ask for the report again"):
         found.query("SELECT count(*) FROM rows")
+
+
+def test_a_run_that_died_is_told_from_one_that_lives(tmp_path):
+    """Both say that they are running; only one of them is locked."""
+    for name in ("aa0000000001", "bb0000000002", "cc0000000003"):
+        store = RunStore.open(tmp_path / name, {"run_id": name, "method": "rome"})
+    store.finish()
+    with held(tmp_path / "bb0000000002" / ".lock"):
+        found = Results.open(tmp_path).unfinished
+    assert [(run["run_id"], run["status"]) for run in found] == [
+        ("aa0000000001", "died"), ("bb0000000002", "running"),
+    ]  # fmt: skip

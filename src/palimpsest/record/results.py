@@ -16,6 +16,7 @@ import duckdb
 
 from palimpsest import files
 from palimpsest.errors import RequestError
+from palimpsest.locks import holder
 from palimpsest.record.redact import one_line
 from palimpsest.record.row import SCHEMA_VERSION, Row
 
@@ -147,7 +148,8 @@ class Results:
 
     Attributes:
         runs: the finished runs, ordered by run id.
-        unfinished: run.json of those that failed or have not finished.
+        unfinished: run.json of those that failed or have not finished; where it says `running`
+            and nobody works there any more, with the status `died`.
         passed_over: what could not be read or trusted.
     """
 
@@ -169,7 +171,7 @@ class Results:
                 try:
                     run = Run(read_run(path), path)
                     if not (path / "DONE").is_file():
-                        unfinished.append(run.run)
+                        unfinished.append(_as_it_stands(run))
                         continue
                     _check_finished(run, runs, connection)
                     runs[run.run_id] = run
@@ -367,6 +369,12 @@ def _sources(runs: Sequence[Run]) -> list[str]:
         if run.source not in parquets and run.source.exists()
     ]
     return ([finished] if parquets else []) + going
+
+
+def _as_it_stands(run: Run) -> dict[str, Any]:
+    """The run.json of an unfinished run; its lock tells whether somebody works on it still."""
+    alone = run.run["status"] == "running" and holder(run.path / ".lock") is None
+    return run.run | {"status": "died"} if alone else run.run
 
 
 def _check_finished(
