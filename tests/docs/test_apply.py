@@ -15,7 +15,7 @@ SECTION = PAGE.read_text(encoding="utf-8").partition("\n## In your own code\n")[
 OWN, HARNESS = re.findall(r"^```python\n(.*?)^```$", SECTION, re.DOTALL | re.MULTILINE)
 FEW = [
     "facts=counterfact", "facts.relations=[P17]", "facts.limit=6", "contexts=1", "record=local",
-    "evaluate=quick", "evaluate.recoverability.least=1", "locate.layer=2",
+    "evaluate=quick", "evaluate.probes.least=1", "locate.layer=2",
 ]  # fmt: skip
 
 

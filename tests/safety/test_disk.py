@@ -247,7 +247,7 @@ def test_each_run_of_many_tells_that_there_is_no_room(call, few):
     with without_room("rows.parquet", "before"):
         outcome = call("run", "-m", *few, "intervene=none", "seed=0,1")
     assert outcome.code == 1
-    line = rf"error: cannot write \S*/rows\.parquet: {FULL}; .*record\.dir=\n"
+    line = rf"seed=[01]: error: cannot write \S*/rows\.parquet: {FULL}; .*record\.dir=\n"
     assert re.fullmatch(f"({line}){{2}}", outcome.err)
 
 
