@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,13 @@ def _work(
     with ground.phase("fit"):
         intervention = _fitted(experiment.method, model, facts, site, store)
     with ground.phase("measure"):
-        measure_into(store, ruler, intervention, ground, prepared)
+        again = partial(_fit_again, experiment.method, model, site)
+        measure_into(store, ruler, intervention, ground, prepared, again)
+
+
+def _fit_again(method: Method, model: ModelHandle, site: Site, facts: Splits) -> Intervention:
+    """The method fitted on other target facts."""
+    return method.fit(model, facts, site)
 
 
 def _fitted(

@@ -1,4 +1,4 @@
-"""Finished runs measured further, from their saved interventions: nothing is fitted again."""
+"""Finished runs measured further, from their saved interventions."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,9 +8,11 @@ from typing import Any
 from palimpsest.errors import RequestError
 from palimpsest.evaluate.ruler import Ruler
 from palimpsest.facts.dataset import DataSet
+from palimpsest.facts.splits import Splits
 from palimpsest.intervene.changes.kinds import KINDS
-from palimpsest.intervene.intervention import load
+from palimpsest.intervene.intervention import Intervention, Method, load
 from palimpsest.model.load import Pretrained
+from palimpsest.model.site import Site
 from palimpsest.record.provenance import Phase
 from palimpsest.record.recording import Recording
 from palimpsest.record.store import RunStore, measured
@@ -23,6 +25,7 @@ class Further:
 
     Attributes:
         run: the contents of its run.json.
+        method: what was tried.
         model: where its model comes from on this machine.
         facts: its data set and split plan.
         ruler: the measures that it is to have.
@@ -31,6 +34,7 @@ class Further:
     """
 
     run: dict[str, Any]
+    method: Method
     model: Pretrained
     facts: DataSet
     ruler: Ruler
@@ -75,6 +79,9 @@ def measure(
 def _measured(each: Further, ground: Ground, told: Callable[[str], None]) -> tuple[Path, bool]:
     _check(each, ground)
 
+    def again(facts: Splits) -> Intervention:
+        return each.method.fit(ground.model, facts, Site(**each.run["site"]))
+
     def work(store: RunStore, missing: set[str]) -> None:
         ruler = each.ruler.only(missing)
         intervention = load(store.directory / "intervention", KINDS)
@@ -82,7 +89,7 @@ def _measured(each: Further, ground: Ground, told: Callable[[str], None]) -> tup
         with ground.phase("prepare"):
             prepared = ruler.prepare(ground.model, ground.split(), each.seed)
         with ground.phase("measure"):
-            measure_into(store, ruler, intervention, ground, prepared)
+            measure_into(store, ruler, intervention, ground, prepared, again)
 
     record = {**each.run, **made_with(ground.model), "requests": []}
     return recorded(

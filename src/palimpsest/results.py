@@ -1,7 +1,7 @@
 """What every experiment leaves behind: a directory that is opened, tracked and finished."""
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -10,15 +10,16 @@ from typing import Any, Protocol
 from palimpsest.errors import RequestError, WriteError
 from palimpsest.evaluate.asking import knows
 from palimpsest.evaluate.ruler import Prepared, Ruler, after, portraits
-from palimpsest.evaluate.scene import Scene
+from palimpsest.evaluate.scene import Scene, Shadow
 from palimpsest.facts.dataset import DataSet
-from palimpsest.facts.fact import FactSet
-from palimpsest.facts.splits import Splits, split
+from palimpsest.facts.fact import Fact, FactSet
+from palimpsest.facts.splits import Splits, split, with_targets
 from palimpsest.files import check_writable
 from palimpsest.intervene.intervention import Intervention
 from palimpsest.locks import Holder, held
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.load import Pretrained
+from palimpsest.model.site import Change
 from palimpsest.record import provenance
 from palimpsest.record.provenance import Phase, Stopwatch
 from palimpsest.record.recording import Recording
@@ -206,8 +207,17 @@ def _carried_out(recording: Recording, store: RunStore, task: Task, missing: set
         raise
 
 
+Again = Callable[[Splits], Intervention]
+"""Fits a run's method anew, at its site, on other target facts."""
+
+
 def measure_into(
-    store: RunStore, ruler: Ruler, intervention: Intervention, ground: Ground, prepared: Prepared
+    store: RunStore,
+    ruler: Ruler,
+    intervention: Intervention,
+    ground: Ground,
+    prepared: Prepared,
+    again: Again,
 ) -> None:
     """Lay a ruler on the changed model, and append its rows measure by measure.
 
@@ -219,6 +229,7 @@ def measure_into(
         intervention: fitted before, on this model.
         ground: model and facts.
         prepared: what the measures took from the unchanged model.
+        again: fits the method on facts of an attacker's own; called only by measures that ask.
     """
     model, facts, change = ground.model, ground.split(), intervention.change
     keys = keys_of(ruler)
@@ -226,13 +237,41 @@ def measure_into(
         with intervention.at(step).applied(model):
             scene = after(Scene(model, facts, change, ground.seed), step)
             _append(store, ruler.along, keys, scene, prepared, f"/step/{step}")
-    with intervention.applied(model):
-        scene = Scene(model, facts, change, ground.seed, intervention.differences())
+    with shadowed(intervention, ground, again) as shadow:
+        differences = intervention.differences()
+        scene = Scene(model, facts, change, ground.seed, differences, shadow=shadow)
         _append(store, ruler, keys, scene, prepared)
         if not store.finished:
             store.write_facts(portraits(model, facts))
     for name, measure in ruler.measures.items():
         store.note(name, keys[name], settings=provenance.describe(measure), **made_with(model))
+
+
+@contextmanager
+def shadowed(intervention: Intervention, ground: Ground, again: Again) -> Iterator[Shadow]:
+    """Apply an intervention; what is given puts the method's change of other facts in its place.
+
+    A change that all subjects feel, and no change, stay as they are.
+    """
+    model, change = ground.model, intervention.change
+    shared = change.layer is None or (change.scope == "relation" and not change.gated)
+    with ExitStack() as applied:
+        applied.enter_context(intervention.applied(model))
+
+        @contextmanager
+        def shadow(facts: Sequence[Fact]) -> Iterator[Change]:
+            if shared:
+                yield change
+                return
+            applied.close()
+            try:
+                other = again(with_targets(ground.split(), facts, ground.seed))
+                with other.applied(model):
+                    yield other.change
+            finally:
+                applied.enter_context(intervention.applied(model))
+
+        yield shadow
 
 
 def _append(

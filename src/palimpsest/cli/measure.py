@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 PLACES = r"model\.(path|device|device_map|batch_size|compile)|facts\.path|record\.tracker\.\w+"
 """Settings that say how or where a run is measured further, not what is measured."""
 
-_PARTS = ("model", "facts", "record", "seed")
+_PARTS = ("model", "facts", "intervene", "record", "seed")
 
 
 def measure(options: argparse.Namespace) -> int:
@@ -97,5 +97,11 @@ def _further(
     except Exception as error:
         raise as_request(error) from error
     return Further(
-        run, parts["model"], parts["facts"], ruler_of(parts), parts["record"], parts["seed"]
+        run,
+        parts["intervene"],
+        parts["model"],
+        parts["facts"],
+        ruler_of(parts),
+        parts["record"],
+        parts["seed"],
     )

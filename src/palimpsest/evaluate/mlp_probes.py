@@ -21,7 +21,7 @@ class MLPProbes(ProbeMeasure):
         hidden: units of the hidden layer.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     name: ClassVar[str] = "mlp_probes"
     kind: ClassVar[str] = "mlp"
 

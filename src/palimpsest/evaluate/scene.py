@@ -1,6 +1,7 @@
 """Scene: one changed model as all measures see it, and what they share of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -19,6 +20,13 @@ from palimpsest.record.row import Axis, Row
 Answers = list[dict[str, Answer]]
 """For each target fact, by prompt id, the answers to its fit prompt, paraphrases and neighbors."""
 
+Shadow = Callable[[Sequence[Fact]], AbstractContextManager[Change]]
+"""Puts the same method's change of other facts in place of this change while a context lasts.
+
+The facts are the owners of that change, in their order. Where all subjects feel this change, it
+stays as it is. What the model says meanwhile is asked of `model.forward`, never of the scene.
+"""
+
 _Asked = tuple[tuple[Tokens, ...], tuple[Site, ...], tuple[Position, ...]]
 
 
@@ -33,6 +41,7 @@ class Scene:
         seed: of owners and orders.
         differences: W' − W of changed W_out, which an attacker may look at.
         step: edits so far in a sequence that is measured along the way; None for the whole change.
+        shadow: the method at work on facts that an attacker knows; None where it cannot be had.
     """
 
     model: ModelHandle
@@ -41,6 +50,7 @@ class Scene:
     seed: int = 0
     differences: Sequence[Difference] = ()
     step: int | None = None
+    shadow: Shadow | None = None
     _features: dict[_Asked, Tensor] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )

@@ -98,6 +98,15 @@ def on_dev(facts: Splits, plan: DataSet, seed: int) -> Splits:
     return replace(facts, target=_to_be_changed(facts.dev, facts, plan, seed), dev=())
 
 
+def with_targets(facts: Splits, some: Sequence[Fact], seed: int) -> Splits:
+    """The same splits with facts of an attacker's own for targets, given new objects alike.
+
+    Raises:
+        RequestError: a fact needs a new object and its relation has only one class.
+    """
+    return replace(facts, target=tuple(_with_new(f, facts.classes[f.relation], seed) for f in some))
+
+
 def _to_be_changed(
     some: Sequence[Fact], facts: Splits, plan: DataSet, seed: int
 ) -> tuple[Fact, ...]:

@@ -52,7 +52,57 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class ProbeMeasure(ABC):
+class Read:
+    """Where probes read: a layer in so many, at two tokens of the prompt.
+
+    Attributes:
+        stride: every how many layers states are read; the last layer always is.
+    """
+
+    along: ClassVar[bool] = False
+    name: ClassVar[str]
+
+    stride: int = 3
+
+    def __post_init__(self) -> None:
+        """Check the number.
+
+        Raises:
+            RequestError: it is too small.
+        """
+        check_at_least(f"evaluate.{self.name}.stride", self.stride, 1)
+
+    def layers(self, model: ModelHandle) -> list[int]:
+        """The layers whose outputs are read."""
+        return sorted({*range(0, model.n_layers, self.stride), model.n_layers - 1})
+
+    def features(self, model: ModelHandle, rows: Sequence[Tokens]) -> dict[Where, Tensor]:
+        """States of the model as it stands by layer and position."""
+        return self._by_place(model, features(model, rows, *self._sites(model)))
+
+    def states(self, scene: Scene, rows: Sequence[Tokens]) -> dict[Where, Tensor]:
+        """The same of the changed model; computed once for all measures."""
+        return self._by_place(scene.model, scene.features(rows, *self._sites(scene.model)))
+
+    def asked(self, scene: Scene, relation: str, owned: Sequence[tuple[int, Fact]]) -> Asked:
+        """The facts of a relation, each with its owner, and the states of their prompts."""
+        mine = [(owner, fact) for owner, fact in owned if fact.relation == relation]
+        rows = [scene.model.encode(fact.prompt, owner=owner) for owner, fact in mine]
+        return Asked(scene, [fact for _, fact in mine], rows, self.states(scene, rows))
+
+    def _sites(self, model: ModelHandle) -> tuple[list[Site], tuple[Position, ...]]:
+        return [Site(layer) for layer in self.layers(model)], POSITIONS
+
+    def _by_place(self, model: ModelHandle, found: Tensor) -> dict[Where, Tensor]:
+        return {
+            (layer, position): found[i, j]
+            for i, layer in enumerate(self.layers(model))
+            for j, position in enumerate(POSITIONS)
+        }
+
+
+@dataclass(frozen=True)
+class ProbeMeasure(Read, ABC):
     """Probes trained on the probe subjects of each relation.
 
     Frozen ones are trained on the unchanged model, retrained ones on the changed model, where every
@@ -63,20 +113,9 @@ class ProbeMeasure(ABC):
         least: subjects a class that a relation needs for its probes, on average.
     """
 
-    along: ClassVar[bool] = False
-    name: ClassVar[str]
     kind: ClassVar[str] = "linear"
 
-    stride: int = 3
     least: int = 5
-
-    def __post_init__(self) -> None:
-        """Check the numbers.
-
-        Raises:
-            RequestError: one is too small.
-        """
-        check_at_least(f"evaluate.{self.name}.stride", self.stride, 1)
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -122,17 +161,13 @@ class ProbeMeasure(ABC):
         """Further rows where no probe can be retrained, for a cause."""
         yield from ()
 
-    def layers(self, model: ModelHandle) -> list[int]:
-        """The layers whose outputs are read."""
-        return sorted({*range(0, model.n_layers, self.stride), model.n_layers - 1})
-
     # -- on the unchanged model -------------------------------------------------------------------
 
     def prepare(self, model: ModelHandle, facts: Splits, seed: int) -> dict[str, Kit]:
         """Train the frozen probes of each relation that has enough subjects."""
         trained = {}
         for relation in sorted({fact.relation for fact in facts.target}):
-            sample, dev = _of(facts.probe, relation), _of(facts.dev, relation)
+            sample, dev = of_relation(facts.probe, relation), of_relation(facts.dev, relation)
             classes = len({fact.true for fact in sample})
             if classes >= 2 and len(sample) >= self.least * classes:
                 trained[relation] = self._frozen(model, sample, dev, seed)
@@ -143,7 +178,7 @@ class ProbeMeasure(ABC):
     ) -> Kit:
         def make() -> dict[str, Tensor]:
             rows = [model.encode(fact.prompt) for fact in (*sample, *dev)]
-            found = self._by_place(model, features(model, rows, *self._sites(model)))
+            found = self.features(model, rows)
             kit = self._kit(found, sample, dev, seed, list(found))
             return self.complete(kit, model, sample).tensors()
 
@@ -185,22 +220,7 @@ class ProbeMeasure(ABC):
             seed,
         )
 
-    def _sites(self, model: ModelHandle) -> tuple[list[Site], tuple[Position, ...]]:
-        return [Site(layer) for layer in self.layers(model)], POSITIONS
-
-    def _by_place(self, model: ModelHandle, found: Tensor) -> dict[Where, Tensor]:
-        return {
-            (layer, position): found[i, j]
-            for i, layer in enumerate(self.layers(model))
-            for j, position in enumerate(POSITIONS)
-        }
-
     # -- on the changed model ---------------------------------------------------------------------
-
-    def states(self, scene: Scene, rows: Sequence[Tokens]) -> dict[Where, Tensor]:
-        """States of the changed model by layer and position."""
-        model = scene.model
-        return self._by_place(model, scene.features(rows, *self._sites(model)))
 
     def measure(self, scene: Scene, prepared: Mapping[str, Kit]) -> Iterator[Row]:
         """Rows of the axis `recoverability`; definitions stand in docs/metrics.md.
@@ -222,8 +242,8 @@ class ProbeMeasure(ABC):
             null = partial(row, metric="probe_accuracy", value=None, n=0, note=cause)
             yield null(protocol="frozen" + KINDS[self.kind])
             return
-        target = self._asked(scene, relation, list(enumerate(facts.target)))
-        test = self._asked(scene, relation, scene.dealt(facts.test))
+        target = self.asked(scene, relation, list(enumerate(facts.target)))
+        test = self.asked(scene, relation, scene.dealt(facts.test))
         groups = [(partial(row, split="target"), target), (partial(row, split="test"), test)]
         yield from self.about_frozen(groups[0][0], kit, target)
         after, cause = self._refit(scene, kit, relation)
@@ -238,11 +258,6 @@ class ProbeMeasure(ABC):
         yield from undefined(row, kit, cause)
         yield from self.instead(row, kit, cause, target)
 
-    def _asked(self, scene: Scene, relation: str, owned: Sequence[tuple[int, Fact]]) -> Asked:
-        mine = [(owner, fact) for owner, fact in owned if fact.relation == relation]
-        rows = [scene.model.encode(fact.prompt, owner=owner) for owner, fact in mine]
-        return Asked(scene, [fact for _, fact in mine], rows, self.states(scene, rows))
-
     def _refit(self, scene: Scene, frozen: Kit, relation: str) -> tuple[Kit | None, str]:
         """Probes trained on the changed model's states of probe subjects, where that is defined.
 
@@ -253,7 +268,8 @@ class ProbeMeasure(ABC):
             return frozen, ""
         if change.independent:
             return None, "undefined for independent edits: no probe subject is edited"
-        sample, dev = _of(scene.facts.probe, relation), _of(scene.facts.dev, relation)
+        sample = of_relation(scene.facts.probe, relation)
+        dev = of_relation(scene.facts.dev, relation)
         rows = [model.encode(fact.prompt) for fact in (*sample, *dev)]
         coincide = any(ends_with_subject(row) for row in rows[: len(sample)])
         places = [where for where in frozen.readers if change.reaches(*where, coincide)]
@@ -263,5 +279,6 @@ class ProbeMeasure(ABC):
         return kit.over(frozen), ""
 
 
-def _of(facts: Sequence[Fact], relation: str) -> list[Fact]:
+def of_relation(facts: Sequence[Fact], relation: str) -> list[Fact]:
+    """Those of one relation, in their order."""
     return [fact for fact in facts if fact.relation == relation]

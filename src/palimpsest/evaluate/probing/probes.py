@@ -43,10 +43,18 @@ class Probe:
         scores = inner @ self.weight.double().T + self.bias
         return scores.masked_fill(lost[:, None] | ~scores.isfinite(), torch.nan)
 
-    def predict(self, states: Tensor) -> list[str | None]:
-        """The most likely object for each of the states `[n, d_model]`; None if not finite."""
+    def predict(self, states: Tensor, barred: Sequence[str | None] = ()) -> list[str | None]:
+        """The most likely object for each of the states `[n, d_model]`; None if not finite.
+
+        Args:
+            states: `[n, d_model]`.
+            barred: `[n]` an object that is no answer, by state; none are if empty.
+        """
         scores = self.scores(states)
         finite = scores.isfinite().all(1).tolist()
+        for row, name in enumerate(barred):
+            if name in self.classes:
+                scores[row, self.classes.index(name)] = -torch.inf
         guesses = scores.argmax(1).tolist()
         return [self.classes[g] if f else None for g, f in zip(guesses, finite, strict=True)]
 

@@ -19,6 +19,7 @@ NOT_FINITE = "the model's states are not finite"
 """Why nothing can be read off a ruined model."""
 
 UNSEEN = "no training subject has its object"
+AT_THE_EDGE = "the least or the largest of the strengths tried: a further one may be better"
 NOT_CHOSEN = "not chosen: fewer than two dev facts whose object a probe subject has"
 
 
@@ -43,19 +44,33 @@ def at(row: partial[Row], where: Where) -> partial[Row]:
     return partial(row, layer=where[0], position=where[1])
 
 
-def strength_row(row: partial[Row], protocol: str, kit: Kit) -> Row:
-    """`probe_strength`: which C the dev facts chose."""
+def strength_row(
+    row: partial[Row], protocol: str, strengths: Sequence[float], strength: float, judges: int
+) -> Row:
+    """`probe_strength`: which C the dev facts chose, and whether a further one might be better.
+
+    Args:
+        row: of everything else.
+        protocol: of the probes.
+        strengths: that were tried.
+        strength: the chosen one.
+        judges: dev facts that chose it.
+    """
     row = partial(row, metric="probe_strength", protocol=protocol, split="dev")
-    note = None if kit.chosen_on else NOT_CHOSEN
-    return row(value=kit.strength, n=max(kit.chosen_on, 1), note=note)
+    at_the_edge = len(strengths) > 2 and strength in (min(strengths), max(strengths))
+    note = (AT_THE_EDGE if at_the_edge else None) if judges else NOT_CHOSEN
+    return row(value=strength, n=max(judges, 1), note=note)
 
 
 def judge(
     place: partial[Row], protocol: str, facts: Sequence[Fact], states: Tensor, probe: Probe
 ) -> Iterator[Row]:
-    """`probe_accuracy`: whether the probe names a fact's true object, if it knows it at all."""
+    """`probe_accuracy`: whether the probe names a fact's true object, if it knows it at all.
+
+    The fact's new object is no answer: that a change put it there does not hide the true one.
+    """
     place = partial(place, metric="probe_accuracy", protocol=protocol)
-    for fact, guess in zip(facts, probe.predict(states), strict=True):
+    for fact, guess in zip(facts, probe.predict(states, barred(facts)), strict=True):
         if fact.true not in probe.classes:
             yield from lost(place, [fact], UNSEEN)
         elif guess is None:
@@ -63,6 +78,11 @@ def judge(
         else:
             hit = float(guess == fact.true)
             yield place(fact_id=fact.id, prompt_id=fact.prompt.id, value=hit)
+
+
+def barred(facts: Sequence[Fact]) -> list[str | None]:
+    """The object of each fact that a probe may not name: its new one."""
+    return [fact.new for fact in facts]
 
 
 def lost(place: partial[Row], facts: Sequence[Fact], cause: str) -> Iterator[Row]:
@@ -179,7 +199,7 @@ def baselines(
     for where, found in states.items():
         for kind, probe in kit.readers[where].controls.items():
             place = partial(at(row, where), protocol="shuffled" + KINDS[kind])
-            yield baseline(place, facts, probe.predict(found))
+            yield baseline(place, facts, probe.predict(found, barred(facts)))
 
 
 def baseline(row: partial[Row], facts: Sequence[Fact], guesses: Sequence[str | None]) -> Row:

@@ -74,10 +74,10 @@ class Kit:
         """With the other kit's readers where this one has none."""
         return replace(self, readers={**below.readers, **self.readers})
 
-    @property
-    def majority(self) -> str:
-        """The most common object of the sample, the first of equal ones."""
-        return Counter(sorted(self.labels)).most_common(1)[0][0]
+    def majority(self, barred: str | None) -> str:
+        """The most common object of the sample but one, the first of equal ones."""
+        kept = [label for label in sorted(self.labels) if label != barred]
+        return Counter(kept).most_common(1)[0][0]
 
     def tensors(self) -> dict[str, Tensor]:
         """The whole as named tensors, labels apart."""
@@ -145,13 +145,8 @@ def train_kit(
     """
     stacked = torch.stack(list(states.values()))
     reduced = Reduced.of(stacked)
-    judges = [n for n, name in enumerate(truth) if name in labels]
-    strength = middle(recipe.strengths)
-    chosen_on = len(judges) if len(judges) > 1 and len(recipe.strengths) > 1 else 0
-    if chosen_on:
-        held = torch.stack([dev[where][judges] for where in states])
-        wanted = [truth[n] for n in judges]
-        strength = choose(reduced, labels, recipe.strengths, held, wanted)
+    held = torch.stack([dev[where] for where in states])
+    strength, chosen_on = chosen_strength(reduced, labels, recipe.strengths, held, truth)
     permuted = shuffled(labels, recipe.seed)
     probes, controls = (fit(reduced, each, strength) for each in (labels, permuted))
     fitted = zip(controls, stacked, strict=True)
@@ -159,6 +154,32 @@ def train_kit(
     bits = online_code(reduced, labels, strength, recipe.seed).tolist()
     readers = _readers("linear", list(states), probes, controls, capacity, bits)
     return Kit(readers, labels, strength, chosen_on)
+
+
+def chosen_strength(
+    reduced: Reduced,
+    labels: Sequence[str],
+    strengths: Sequence[float],
+    states: Tensor,
+    truth: Sequence[str],
+) -> tuple[float, int]:
+    """The strength that does best on held-out subjects, and how many of them chose it.
+
+    Args:
+        reduced: what the probes are trained on.
+        labels: its objects.
+        strengths: to choose from.
+        states: `[places, k, d_model]` of the held-out subjects.
+        truth: their objects; those that are no label choose nothing.
+
+    Returns:
+        the middle strength and 0 where there is no choice, or fewer than two subjects to make it.
+    """
+    judges = [n for n, name in enumerate(truth) if name in labels]
+    if len(judges) < 2 or len(strengths) < 2:
+        return middle(strengths), 0
+    wanted = [truth[n] for n in judges]
+    return choose(reduced, labels, strengths, states[:, judges], wanted), len(judges)
 
 
 def train_mlp_kit(
