@@ -12,6 +12,9 @@ Scope = Literal["fact", "relation"]
 UPSTREAM = "unchanged by construction"
 """In the note of a value that was read where the change cannot reach."""
 
+IN_SAMPLE = "fit_sample"
+"""Split of rows about target facts that a relation-wide method was fitted on."""
+
 SCHEMA_VERSION = 2
 """Version of the results schema; part of every run_id."""
 
@@ -24,7 +27,7 @@ class Row:
         fact_id: the fact that the value belongs to; None when it is no single fact's.
         relation: relation id; None when the value spans relations.
         split: `target`, `test`, `fit`, `probe`, `dev`, `others` and `kept` (facts of other
-            relations), or None (held-out text, say).
+            relations), `fit_sample` (see `IN_SAMPLE`), or None (held-out text, say).
         scope: what the method changed: `fact` (its own facts) or `relation` (all subjects).
         axis: the panel that the metric belongs to.
         metric: the metric's name, e.g. `efficacy`.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal
 
 import numpy as np
@@ -10,12 +10,15 @@ import numpy as np
 from palimpsest.record.results import Results, sql_text
 from palimpsest.record.row import Axis
 from palimpsest.study.intervals import Estimate, Sample, estimates
-from palimpsest.study.recoverable import recoverable
+from palimpsest.study.recoverable import (
+    ZONES,
+    profiles,
+    recoverable,
+    recoverable_after,
+    recoverable_beyond_name,
+)
 from palimpsest.study.samples import Key, picked, samples
 from palimpsest.study.table import Direction, Heading
-
-REFITTED = ("retrained", "adaptive")
-"""Protocols of probes that were trained after the change, the preferred one first."""
 
 ByRun = Mapping[str, Estimate]
 """A number of many runs, by run id; a run of which nothing was measured may lack it."""
@@ -131,7 +134,7 @@ def rows_of(wanted: Sequence[Quantity], *columns: str) -> str:
 @lru_cache(maxsize=2)
 def probe_samples(results: Results, position: str) -> dict[Key, Sample]:
     """Probes on the facts that every method changes, by run, protocol and layer."""
-    names = ", ".join(map(sql_text, ("frozen", *REFITTED)))
+    names = ", ".join(map(sql_text, ("frozen", "shadow", "retrained")))
     condition = (
         f"metric = 'probe_accuracy' AND protocol IN ({names}) AND split = 'target' "
         f"AND position = {sql_text(position)} AND budget IS NULL"
@@ -140,28 +143,22 @@ def probe_samples(results: Results, position: str) -> dict[Key, Sample]:
     return samples(results, found, ["protocol", "layer"], ["protocol"])
 
 
-def probe_frozen(results: Results) -> ByRun:
-    """Accuracy of probes trained on the unchanged model, at the deepest measured layer."""
+def probe_of(results: Results, protocol: str) -> ByRun:
+    """Accuracy of probes of a protocol for the true object, at the deepest measured layer."""
     found = _at_the_deepest(probe_samples(results, "last_prompt"))
     return _estimated(
         {
-            run: (some.get("frozen") or _together([]), f"layer {layer}")
+            run: (some.get(protocol) or _together([]), f"layer {layer}")
             for run, (layer, some) in found.items()
         }
     )
 
 
-def probe_refit(results: Results) -> ByRun:
-    """The same place, probes trained after the change: retrained ones, or else adaptive ones."""
-    chosen = {}
-    for run, (layer, some) in _at_the_deepest(probe_samples(results, "last_prompt")).items():
-        refitted = [(name, some[name]) for name in REFITTED if name in some]
-        valued = [(name, sample) for name, sample in refitted if sample.present]
-        if valued:
-            chosen[run] = valued[0][1], f"{valued[0][0]}, layer {layer}"
-        else:
-            chosen[run] = _together([sample for _, sample in refitted]), f"layer {layer}"
-    return _estimated(chosen)
+def recoverable_in(results: Results, zone: str) -> ByRun:
+    """The index of the places of one zone by themselves, for each run."""
+    found = profiles(results)
+    absent = Estimate(None, note="nothing was measured there")
+    return {run.run_id: found.get(run.run_id, {}).get(zone, absent) for run in results.runs}
 
 
 def old_rank(results: Results) -> ByRun:
@@ -285,6 +282,55 @@ HEADLINE = (
         rows=Quantity("perplexity", "heldout_text"),
     ),
     Column(
+        key="recoverability/recoverable/model",
+        axis="recoverability",
+        title="recoverable old",
+        short="rec",
+        meaning="from the whole changed model: chance-corrected success of the strongest of all "
+        "attacks, chosen on other facts",
+        editor="down",
+        eraser="down",
+        read=recoverable,
+    ),
+    Column(
+        key="recoverability/recoverable/beyond_name",
+        axis="recoverability",
+        title="recoverable beyond the name",
+        short="rec|nm",
+        meaning="the same as a share of what a probe on the name’s input embeddings leaves open",
+        editor="down",
+        eraser="down",
+        read=recoverable_beyond_name,
+    ),
+    Column(
+        key="recoverability/recoverable/after_change",
+        axis="recoverability",
+        title="recoverable after the change",
+        short="aft",
+        meaning="the same from prompts and states at or after the change alone",
+        editor="down",
+        eraser="down",
+        read=recoverable_after,
+        caution="Methods that change different layers are asked at different states: a late "
+        "change leaves few of them. Rank no methods by it across layers.",
+    ),
+    *(
+        Column(
+            key=f"recoverability/recoverable/{key}",
+            axis="recoverability",
+            title=f"recoverable {title}",
+            short=short,
+            meaning=f"the same from {meaning} alone",
+            read=partial(recoverable_in, zone=zone),
+        )
+        for zone, key, title, short, meaning in (
+            (ZONES[0], "upstream", "upstream", "ups", "states before the change"),
+            (ZONES[1], "site", "at the site", "sit", "the first measured layer that it changes"),
+            (ZONES[2], "downstream", "downstream", "dwn", "the layers above that"),
+            (ZONES[3], "prompts", "by prompts", "ask", "prompts"),
+        )
+    ),
+    Column(
         key="recoverability/probe_accuracy/frozen",
         axis="recoverability",
         title="probe old (frozen)",
@@ -293,31 +339,28 @@ HEADLINE = (
         "token, deepest measured layer",
         editor="down",
         eraser="down",
-        read=probe_frozen,
+        read=partial(probe_of, protocol="frozen"),
     ),
     Column(
-        key="recoverability/probe_accuracy/refit",
+        key="recoverability/probe_accuracy/shadow",
         axis="recoverability",
-        title="probe old (re-fit)",
-        short="ref",
-        meaning="the same place, probe trained after the change (retrained, or adaptive where "
-        "retrained is undefined)",
+        title="probe old (shadow)",
+        short="shd",
+        meaning="the same place, probe trained on subjects that the same method has changed",
         editor="down",
         eraser="down",
-        read=probe_refit,
+        read=partial(probe_of, protocol="shadow"),
     ),
     Column(
-        key="recoverability/recoverable/index",
+        key="recoverability/probe_accuracy/retrained",
         axis="recoverability",
-        title="recoverable old",
-        short="rec",
-        meaning="chance-corrected success of the strongest of all attacks and probes, less what "
-        "being the best of many gains",
+        title="probe old (retrained)",
+        short="ret",
+        meaning="the same place, probe trained on all probe subjects in the changed model; "
+        "undefined where edits are independent",
         editor="down",
         eraser="down",
-        read=recoverable,
-        caution="Names alone give much away: compare with a probe on bare input embeddings "
-        "(probe_baseline, embedding), which no change of weights reaches.",
+        read=partial(probe_of, protocol="retrained"),
     ),
     Column(
         key="recoverability/lens_rank_old/logit_lens",

@@ -30,8 +30,9 @@ _CURVES = (
     "run they imitate."
 )
 _TRADE_OFF = (
-    "What was kept on untouched subjects against what can still be read of the old object at the "
-    "deepest measured layer; bars are 95% intervals."
+    "What was kept on untouched subjects against what the strongest attack recovers of the old "
+    "object: from the whole changed model, and at or after the change alone. On the right, methods "
+    "that change different layers are asked at different states. Bars are 95% intervals."
 )
 _TWO_HOP = (
     "Answers to questions that the facts entail: a model that agrees with itself about a new "

@@ -1,10 +1,10 @@
-"""The headline index: how much of the old object the best of many attacks still finds.
+"""The headline index: how much of the old object the strongest of many attacks still finds.
 
-A maximum over many places flatters the attacker: what it has over its own facts is corrected by how
-much the best of so many places gains by being chosen, which the bootstrap tells.
+The strongest is chosen on other facts than those of which it is told (cross-fitting), so that
+being the best of many gains nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -12,26 +12,29 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from palimpsest.record.results import Results, sql_text
-from palimpsest.record.row import UPSTREAM
+from palimpsest.record.row import IN_SAMPLE, UPSTREAM
 from palimpsest.study.comparable import compared
-from palimpsest.study.intervals import (
-    Estimate,
-    Floats,
-    Relations,
-    ends,
-    interval,
-    resampling,
-    varies,
-    weighted_mean,
-)
+from palimpsest.study.intervals import Estimate, Floats, Relations, interval
 
 LEAST = 6
 """Facts, below which a best place says nothing."""
 
-BUDGET = 20
-"""Candidates that an attack may name."""
+FOLDS = 6
+"""Of the facts; the place that is told of one fold is chosen on the others."""
 
-PROBES = ("frozen", "retrained", "adaptive", "frozen_mlp", "retrained_mlp")
+BUDGET = 20
+"""Candidates that an attacker may name."""
+
+FROZEN = ("frozen", "frozen_mlp")
+SHADOW = ("shadow",)
+PROBES = (*FROZEN, *SHADOW)
+"""Protocols of probes that face every method alike: trained on as many subjects for each.
+
+Probes retrained on all probe subjects are not among them: independent edits cannot have them.
+"""
+
+FAMILIES = ("frozen probes", "shadow probes", "lenses", "prompts")
+"""Families of attacks; the index of a whole model has all of them, or none is told."""
 
 
 class Place(NamedTuple):
@@ -46,6 +49,13 @@ class Place(NamedTuple):
     protocol: str
     layer: int | None
     position: str
+
+    @property
+    def family(self) -> str:
+        """One of `FAMILIES`."""
+        if self.protocol in PROBES:
+            return FAMILIES[0] if self.protocol in FROZEN else FAMILIES[1]
+        return FAMILIES[2] if self.layer is not None else FAMILIES[3]
 
     def __str__(self) -> str:
         """In words."""
@@ -81,75 +91,124 @@ class Reading:
         """(s − b) / (1 − b) of some facts: 0 is what finds nothing, 1 what always finds."""
         if self.baseline is None or self.baseline >= 1:
             return np.zeros(len(facts))
-        success = self.success
-        if tuple(facts) != self.facts:
-            found = dict(zip(self.facts, self.success, strict=True))
-            success = np.array([found[fact] for fact in facts])
+        found = dict(zip(self.facts, self.success, strict=True))
+        success = np.array([found[fact] for fact in facts])
         corrected: Floats = (success - self.baseline) / (1 - self.baseline)
         return corrected
 
-    def of(self, facts: set[str]) -> "Reading":
-        """The same of some of the facts."""
-        kept = [place for place, fact in enumerate(self.facts) if fact in facts]
-        names = tuple(self.facts[place] for place in kept)
-        owners = tuple(self.relations[place] for place in kept)
-        return replace(self, facts=names, relations=owners, success=self.success[kept])
-
 
 def recoverable(results: Results) -> dict[str, Estimate]:
-    """By run the index in [0, 1], chance-corrected, with an interval over facts.
+    """By run what can be recovered from the whole changed model, chance-corrected, in [0, 1].
 
-    States count at or after the change only; of an unchanged model all do.
+    All states count that a later block or the head reads, those before the change included.
     """
-    found = readings(results)
-    return {run.run_id: _index(_reached(found.get(run.run_id, ()))) for run in results.runs}
+    return _by_run(results, lambda found: found)
+
+
+def recoverable_after(results: Results) -> dict[str, Estimate]:
+    """By run the same of prompts and of states at or after the change alone.
+
+    Methods that change different layers are asked at different states. Of an unchanged model all
+    states count.
+    """
+    return _by_run(results, _reached)
+
+
+def recoverable_beyond_name(results: Results) -> dict[str, Estimate]:
+    """By run the index as a share of what the subject's name alone leaves open, in [0, 1].
+
+    (r − e) / (1 − e), where r is the index and e what a linear probe of the name's input embeddings
+    finds of the same facts beyond the most common object. The interval is conditional on e.
+    """
+    names, guesses = _names(results), _guesses(results)
+    made = {}
+    for run_id, found in recoverable(results).items():
+        if found.value is None or run_id not in names or run_id not in guesses:
+            note = found.note or "no probe of the names was measured"
+            made[run_id] = Estimate(None, note=note)
+            continue
+        chance = guesses[run_id]
+        known = max(0.0, (names[run_id] - chance) / (1 - chance)) if chance < 1 else 0.0
+        if known >= 1:
+            made[run_id] = Estimate(None, note="the names alone tell every object")
+            continue
+        value, low, high = (
+            None if x is None else max(0.0, (x - known) / (1 - known))
+            for x in (found.value, found.low, found.high)
+        )
+        made[run_id] = replace(found, value=value, low=low, high=high)
+    return made
+
+
+def _names(results: Results) -> dict[str, float]:
+    """By run the share of target facts that a probe of the name's input embeddings gets right."""
+    compared(results)
+    return dict(
+        results.query(
+            "SELECT run_id, favg(value) FROM compared WHERE metric = 'probe_accuracy' "
+            "AND protocol = 'embedding' AND split = 'target' AND value IS NOT NULL GROUP BY ALL"
+        )
+    )
+
+
+def _by_run(
+    results: Results, kept: Callable[[Sequence[Reading]], Sequence[Reading]]
+) -> dict[str, Estimate]:
+    found, causes = readings(results), _causes(results)
+    made = {}
+    for run in results.runs:
+        some = kept(found.get(run.run_id, ()))
+        lacking = [name for name in FAMILIES if not _valued(some, name)]
+        if lacking:
+            why = [f"{name}: {causes.get((run.run_id, name), 'not measured')}" for name in lacking]
+            made[run.run_id] = Estimate(None, note="; ".join(why))
+        else:
+            made[run.run_id] = _index(some)
+    return made
+
+
+def _valued(found: Sequence[Reading], family: str) -> bool:
+    """Whether a family of attacks has values, and a chance to set them against."""
+    return any(
+        len(reading.facts) and reading.baseline is not None
+        for reading in found
+        if reading.place.family == family
+    )
 
 
 def recoverable_beyond(results: Results, run_id: str, other: str) -> Estimate:
-    """By how much the index of one run exceeds another's, like for like and fact by fact.
+    """By how much the index of one run's whole model exceeds another's, fact by fact.
 
-    Both sides are asked in words and at the layers and positions that count for both, and of the
-    facts that have a value on both. Either is what the strongest attack finds that is defined for
-    it, less its optimism, and at least 0. The interval is over facts, each with its value on both
+    Both sides are asked in words and at the layers and positions that were read on both, of the
+    facts that have a value at all of them. The interval is over facts, each with its value on both
     sides.
     """
     found = readings(results)
-    sides = [_reached(found.get(each, ())) for each in (run_id, other)]
+    sides = [found.get(each, ()) for each in (run_id, other)]
     if not all(reading.alike for side in sides for reading in side):
         return Estimate(None, note=UNLIKE)
     shared = set.intersection(*({reading.place[1:] for reading in side} for side in sides))
     alike = [[reading for reading in side if reading.place[1:] in shared] for side in sides]
-    first, second = map(_strongest, alike)
-    for best in (first, second):
-        if isinstance(best, Estimate):
-            return best
-    assert isinstance(first, Best)
-    assert isinstance(second, Best)
-    common = {*first.facts} & {*second.facts}
-    lacking = len({*first.facts} | {*second.facts}) - len(common)
-    if not lacking:
-        return _beyond(first, second)
-    first, second = (_strongest([reading.of(common) for reading in side]) for side in alike)
-    if isinstance(first, Estimate) or isinstance(second, Estimate):
+    first, second = (Attacked.by(some) for some in alike)
+    for each in (first, second):
+        if isinstance(each, Estimate):
+            return each
+    assert isinstance(first, Attacked)
+    assert isinstance(second, Attacked)
+    facts = sorted({*first.facts} & {*second.facts})
+    lacking = len({*first.facts} | {*second.facts}) - len(facts)
+    if len(facts) < LEAST:
         return Estimate(None, note=f"fewer than {LEAST} facts have a value on both sides")
-    return replace(_beyond(first, second), note=left_out(lacking))
+    one, two = (each.of(facts).told() for each in (first, second))
+    value = max(0.0, one.values.mean()) - max(0.0, two.values.mean())
+    low, high = interval(one.values - two.values, one.owners)
+    place = f"{one.place}, against {two.place}"
+    return Estimate(float(value), low, high, len(facts), left_out(lacking), place)
 
 
 def left_out(facts: int) -> str | None:
     """What to say of facts that cannot be compared; None if there are none."""
     return f"facts with a value on one side only are left out: {facts}" if facts else None
-
-
-def _beyond(first: "Best", second: "Best") -> Estimate:
-    """The difference of two indices over the same facts."""
-    place = f"{first.place}, against {second.place}"
-    value = first.index(first.values.mean()) - second.index(second.values.mean())
-    low = high = None
-    if varies(first.owners):
-        weights = resampling(first.owners)
-        one, two = (each.index(weighted_mean(each.values, weights)) for each in (first, second))
-        low, high = ends(one - two)
-    return Estimate(float(value), low, high, len(first.facts), place=place)
 
 
 def profiles(results: Results) -> dict[str, dict[str, Estimate]]:
@@ -158,6 +217,18 @@ def profiles(results: Results) -> dict[str, dict[str, Estimate]]:
     Zones without places are left out; of an unchanged model there are none.
     """
     return {run_id: _profile(some) for run_id, some in readings(results).items()}
+
+
+def families(results: Results) -> dict[str, dict[str, Estimate]]:
+    """By run the index of each family of attacks by itself, over the whole model."""
+    return {
+        run_id: {
+            name: _index(part)
+            for name in FAMILIES
+            if (part := [reading for reading in some if reading.place.family == name])
+        }
+        for run_id, some in readings(results).items()
+    }
 
 
 def _profile(found: Sequence[Reading]) -> dict[str, Estimate]:
@@ -185,28 +256,107 @@ def _zone(reading: Reading, site: int) -> str:
 UNLIKE = "measured differently from most runs here: not comparable"
 """What is said in place of a comparison of values that are not comparable."""
 
+FITTED = "the method was fitted on these facts: choose intervene.fit_on=fit"
+"""Why nothing is told of facts that a relation-wide method has seen."""
+
 
 @dataclass(frozen=True)
-class Best:
-    """The strongest of many attacks.
+class Told:
+    """What the strongest attack finds of each fact, chosen on other facts.
 
     Attributes:
-        place: its name.
-        facts: which it was tried on, sorted.
-        owners: their relations.
-        values: `[facts]` what it finds, chance-corrected.
-        optimism: what its mean gains by being the best of so many.
+        values: `[facts]` chance-corrected.
+        owners: `[facts]` relations.
+        place: the place that most facts were told by.
     """
 
-    place: str
+    values: Floats
+    owners: Relations
+    place: Place
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """The same facts at many places.
+
+    Attributes:
+        places: attacks.
+        facts: those with a value at every place, sorted.
+        owners: `[facts]` their relations.
+        table: `[places, facts]` what each finds of each, chance-corrected.
+        dropped: facts that lack a value at some place, and are left out.
+        alike: whether all was configured as in most runs.
+    """
+
+    places: tuple[Place, ...]
     facts: tuple[str, ...]
     owners: Relations
-    values: Floats
-    optimism: float
+    table: Floats
+    dropped: int
+    alike: bool
 
-    def index(self, found: Any) -> Any:
-        """The index where the attack finds so much on average: less its optimism, at least 0."""
-        return np.maximum(0.0, found - self.optimism)
+    @classmethod
+    def by(cls, found: Sequence[Reading]) -> "Attacked | Estimate":
+        """The facts that all places have in common; or no value, and why.
+
+        A place counts if it has a value for half of the facts. A fact that it then lacks is left
+        out everywhere, so that all places are judged by the same facts.
+        """
+        every = {fact for reading in found for fact in reading.facts}
+        usable = [r for r in found if r.baseline is not None and 2 * len(r.facts) >= len(every)]
+        if not usable or not every:
+            return Estimate(None, note="no attacks were measured")
+        facts = tuple(sorted(set.intersection(*(set(reading.facts) for reading in usable))))
+        if len(facts) < LEAST:
+            return Estimate(None, n=len(facts), note=f"fewer than {LEAST} facts with a value")
+        relations = dict(zip(usable[0].facts, usable[0].relations, strict=True))
+        return cls(
+            tuple(reading.place for reading in usable),
+            facts,
+            tuple(relations[fact] for fact in facts),
+            np.array([reading.corrected(facts) for reading in usable]),
+            len(every) - len(facts),
+            all(reading.alike for reading in usable),
+        )
+
+    def of(self, facts: Sequence[str]) -> "Attacked":
+        """The same of some of the facts."""
+        kept = [self.facts.index(fact) for fact in facts]
+        owners = tuple(self.owners[place] for place in kept)
+        return replace(self, facts=tuple(facts), owners=owners, table=self.table[:, kept])
+
+    def told(self) -> Told:
+        """What the strongest place finds, chosen for each fold of the facts on the others."""
+        chosen = cross_fitted(self.table, self.owners)
+        place = self.places[np.bincount(chosen).argmax()]
+        return Told(self.table[chosen, np.arange(len(self.facts))], self.owners, place)
+
+    @property
+    def counted(self) -> str:
+        """How many places of each family were tried."""
+        names = [place.family for place in self.places]
+        return ", ".join(f"{n} {name}" for name in FAMILIES if (n := names.count(name)))
+
+
+def cross_fitted(table: Floats, owners: Relations) -> Any:
+    """By fact the number of the place with the best mean over the facts of the other folds.
+
+    Of equal places the first is taken.
+
+    Args:
+        table: `[places, facts]`.
+        owners: `[facts]` relations; each is spread over the folds.
+
+    Returns:
+        int `[facts]`.
+    """
+    order = sorted(range(len(owners)), key=lambda n: owners[n] or "")  # stable: facts are sorted
+    fold = np.empty(len(owners), dtype=int)
+    fold[order] = np.arange(len(owners)) % FOLDS
+    chosen = np.empty(len(owners), dtype=int)
+    for n in range(FOLDS):
+        chosen[fold == n] = table[:, fold != n].mean(1).argmax()
+    return chosen
 
 
 def _reached(found: Sequence[Reading]) -> Sequence[Reading]:
@@ -216,49 +366,20 @@ def _reached(found: Sequence[Reading]) -> Sequence[Reading]:
 
 
 def _index(found: Sequence[Reading]) -> Estimate:
-    """What the best of the attacks finds, less what a best of so many finds by chance."""
-    best = _strongest(found)
-    if isinstance(best, Estimate):
-        return best
-    numbers = (best.values.mean(), *interval(best.values, best.owners))
-    value, low, high = (None if x is None else float(best.index(x)) for x in numbers)
-    note = None if all(reading.alike for reading in found) else UNLIKE
-    return Estimate(value, low, high, len(best.facts), note, best.place)
-
-
-def _strongest(found: Sequence[Reading]) -> Best | Estimate:
-    """The attack that finds most; or no value, and why."""
-    most = max((len(reading.facts) for reading in found), default=0)
-    usable = [r for r in found if r.baseline is not None and len(r.facts) == most and most]
-    if not usable:
-        return Estimate(None, note="no attacks were measured")
-    facts = tuple(sorted(set.intersection(*(set(reading.facts) for reading in usable))))
-    if len(facts) < LEAST:
-        return Estimate(None, n=len(facts), note=f"fewer than {LEAST} facts with a value")
-    relations = dict(zip(usable[0].facts, usable[0].relations, strict=True))
-    owners = tuple(relations[fact] for fact in facts)
-    table = np.array([reading.corrected(facts) for reading in usable])
-    best = int(table.mean(1).argmax())
-    return Best(str(usable[best].place), facts, owners, table[best], optimism(table, owners))
-
-
-def optimism(table: Floats, relations: Relations) -> float:
-    """By how much the best of several means flatters (Efron 1983, doi 10.2307/2288636).
-
-    In a resample of the facts the best place is chosen; what it has there, less what the same place
-    has over all facts, averaged over resamples.
-
-    Args:
-        table: `[places, facts]`.
-        relations: `[facts]` each fact's relation.
-    """
-    table = table[np.argsort(-table.mean(1), kind="stable")]  # of equals, what is best over all
-    alone = len(set(relations)) == len(relations)
-    weights = resampling(("",) * len(relations) if alone else relations)
-    means = weights @ table.T / weights.sum(1, keepdims=True)
-    whole = table.mean(1)
-    drawn = means[:, 0] - whole[0]  # so that one place alone has none, whatever was drawn
-    return float((means.max(1) - whole[means.argmax(1)] - drawn).mean())
+    """What the strongest attack finds of facts that did not choose it, at least 0."""
+    attacked = Attacked.by(found)
+    if isinstance(attacked, Estimate):
+        return attacked
+    told = attacked.told()
+    ends = interval(told.values, told.owners)
+    value, low, high = (
+        None if x is None else max(0.0, float(x)) for x in (told.values.mean(), *ends)
+    )
+    notes = [] if attacked.alike else [UNLIKE]
+    if attacked.dropped:
+        notes.append(f"facts without a value at some place are left out: {attacked.dropped}")
+    place = f"{told.place} (of {attacked.counted})"
+    return Estimate(value, low, high, len(told.values), "; ".join(notes) or None, place)
 
 
 @lru_cache(maxsize=2)
@@ -298,14 +419,19 @@ _SUCCESSES = f"""WITH found AS (
         OR (metric = 'probe_accuracy' AND protocol IN {PROBES!r})
     )
     GROUP BY ALL
-)
+), deepest AS (SELECT run_id, max(layer) AS last FROM found GROUP BY run_id)
 SELECT run_id, protocol, layer, position, upstream, bool_and(alike),
     list(fact_id ORDER BY fact_id) {_VALUED}, list(relation ORDER BY fact_id) {_VALUED},
     list(value ORDER BY fact_id) {_VALUED}
-FROM found GROUP BY run_id, protocol, layer, position, metric, upstream
+FROM found JOIN deepest USING (run_id)
+WHERE layer IS DISTINCT FROM last OR position <> 'last_subject'
+GROUP BY run_id, protocol, layer, position, metric, upstream
 ORDER BY run_id, metric, protocol, min(fact_id) {_VALUED},
     first(prompt ORDER BY fact_id) {_VALUED} NULLS FIRST, layer NULLS FIRST, position"""
-"""A record for each place, in the order of the rows; those that the change reaches apart."""
+"""A record for each place, in the order of the rows; those that the change reaches apart.
+
+Nothing reads the last block's output at the subject: it is left out.
+"""
 
 
 def _chances(results: Results) -> dict[tuple[str, Place], float]:
@@ -325,3 +451,30 @@ def _guesses(results: Results) -> dict[str, float]:
             "AND protocol = 'majority' AND value IS NOT NULL GROUP BY ALL"
         )
     )
+
+
+def _causes(results: Results) -> dict[tuple[str, str], str]:
+    """By run and family, why its attacks have no value."""
+    compared(results)
+    causes: dict[tuple[str, str], str] = {}
+    for run_id, protocol, layer, why in results.query(_NULLS):
+        causes.setdefault((run_id, Place(protocol, layer, "").family), why)
+    for run_id, budgets in results.query(_OTHER_BUDGETS):
+        for family in FAMILIES[2:]:
+            causes[run_id, family] = f"no attack at B = {BUDGET}, only at {budgets}"
+    for (run_id,) in results.query(
+        f"SELECT DISTINCT run_id FROM compared WHERE split = {sql_text(IN_SAMPLE)}"
+    ):
+        causes |= {(run_id, family): FITTED for family in FAMILIES}
+    return causes
+
+
+_NULLS = f"""SELECT run_id, protocol, max(layer), string_agg(DISTINCT note, '; ' ORDER BY note)
+FROM compared WHERE value IS NULL AND note IS NOT NULL AND (
+    (metric = 'attack_success' AND budget = {BUDGET})
+    OR (metric = 'probe_accuracy' AND protocol IN {PROBES!r})
+) GROUP BY run_id, protocol ORDER BY ALL"""
+
+_OTHER_BUDGETS = f"""SELECT run_id, string_agg(DISTINCT budget, ', ' ORDER BY budget)
+FROM compared WHERE metric = 'attack_success' GROUP BY run_id
+HAVING NOT bool_or(budget = {BUDGET})"""

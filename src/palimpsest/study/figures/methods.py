@@ -6,8 +6,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from palimpsest.record.results import Results, sql_text
-from palimpsest.study.columns import REFITTED
+from palimpsest.record.results import Results
 from palimpsest.study.curves import Point, curves
 from palimpsest.study.figures.placement import Box, offsets, spread
 from palimpsest.study.figures.style import (
@@ -37,13 +36,13 @@ POSITIONS = {"last_subject": "last token of the subject", "last_prompt": "last t
 _LETTER = 6.3
 """Width of a letter of a label, in pixels."""
 _AREA = (1100.0, 390.0)
-"""Width and height of the trade-off's plot in pixels, on a page of ordinary width."""
+"""Width and height of the trade-off's panels together in pixels, on a page of ordinary width."""
 
 
 def recoverability(results: Results) -> Any:
     """Probe accuracy for the old object by layer: a panel per position, a colour per method.
 
-    Frozen probes are solid, re-fit ones dashed; what the change cannot reach is faint.
+    Frozen probes are solid, shadow probes dashed; what the change cannot reach is faint.
 
     Returns:
         A plotly Figure, or None.
@@ -69,27 +68,44 @@ def recoverability(results: Results) -> Any:
 
 
 def trade_off(results: Results) -> Any:
-    """What was kept (accuracy on test subjects) against what can still be read (frozen probe).
+    """What was kept (accuracy on test subjects) against what can be recovered of the old object.
+
+    Two panels: from the whole changed model, and at or after the change alone.
 
     Returns:
         A plotly Figure, or None where there are fewer than two points.
     """
-    kept, read = "downstream/relation_accuracy/vocabulary", "recoverability/probe_accuracy/frozen"
     summaries = summarise(results)
-    shown = [s for s in summaries if None not in (s.values[kept].value, s.values[read].value)]
-    if len(shown) < 2:
+    panels = [(title, read, _with(summaries, _KEPT, read)) for title, read in _RECOVERED]
+    panels = [panel for panel in panels if len(panel[2]) > 1]
+    if not panels:
         return None
-    figure = go.Figure()
-    looks = styles(summaries)
-    for summary in shown:
-        figure.add_trace(_dot(summary, looks[summary.label], kept, read))
-    figure.update_layout(
-        layout(480, showlegend=False),
-        xaxis=axis("accuracy on untouched subjects of the same relations", range=[-0.04, 1.04]),
-        yaxis=axis("old object read by the frozen probe", range=[-0.04, 1.04]),
-        annotations=[*_dot_labels(shown[:MOST_RUNS], kept, read, looks), _corner()],
-    )
+    titles, looks = [title for title, *_ in panels], styles(summaries)
+    figure = make_subplots(1, len(panels), True, True, titles, horizontal_spacing=0.03)
+    width = _AREA[0] / len(panels)
+    for column, (_, read, shown) in enumerate(panels, start=1):
+        for summary in shown:
+            figure.add_trace(_dot(summary, looks[summary.label], _KEPT, read), 1, column)
+        for label in _dot_labels(shown[:MOST_RUNS], read, looks, width):
+            figure.add_annotation(label, row=1, col=column)
+    figure.update_layout(layout(480, showlegend=False))
+    figure.add_annotation(_corner())
+    figure.update_xaxes(axis("accuracy on untouched subjects", range=[-0.04, 1.04]))
+    figure.update_yaxes(axis("", range=[-0.04, 1.04]))
+    figure.update_yaxes(title_text="old object recovered", col=1)
     return figure
+
+
+_KEPT = "downstream/relation_accuracy/vocabulary"
+_RECOVERED = (
+    ("from the whole model", "recoverability/recoverable/model"),
+    ("at or after the change", "recoverability/recoverable/after_change"),
+)
+
+
+def _with(summaries: Sequence[Summary], *keys: str) -> list[Summary]:
+    """Those that have a value for each key."""
+    return [s for s in summaries if all(s.values[key].value is not None for key in keys)]
 
 
 def two_hop(results: Results) -> Any:
@@ -118,9 +134,8 @@ def two_hop(results: Results) -> Any:
 
 
 def _probes(results: Results) -> Curves:
-    names = ", ".join(map(sql_text, ("frozen", *REFITTED)))
     condition = (
-        f"metric = 'probe_accuracy' AND protocol IN ({names}) AND split = 'target' "
+        "metric = 'probe_accuracy' AND protocol IN ('frozen', 'shadow') AND split = 'target' "
         "AND budget IS NULL AND position IS NOT NULL"
     )
     return curves(results, condition, ["protocol", "position"])
@@ -185,10 +200,10 @@ def _baseline(name: str, x: list[int], y: list[float], dash: str) -> Any:
 def _add_probes(
     figure: Any, summary: Summary, look: Style, found: Curves, position: str, column: int
 ) -> None:
-    """A method's frozen (solid) and re-fit (dashed) probes, faint upstream of the change."""
+    """A method's frozen (solid) and shadow (dashed) probes, faint upstream of the change."""
     frozen = found.get((summary.run.run_id, "frozen", position), [])
-    refit = _refit_curve(summary, found, position)
-    for name, points, dash in (("frozen", frozen, "solid"), ("re-fit", refit, "dash")):
+    shadow = found.get((summary.run.run_id, "shadow", position), [])
+    for name, points, dash in (("frozen", frozen, "solid"), ("shadow", shadow, "dash")):
         if points and all(point.upstream for point in points):
             figure.add_trace(_probe_line(summary, look, name, points, dash, 1.0), 1, column)
             continue
@@ -202,15 +217,6 @@ def _add_probes(
             1,
             column,
         )
-
-
-def _refit_curve(summary: Summary, found: Curves, position: str) -> list[Point]:
-    """At each layer the retrained probe, or the adaptive one where that has no value."""
-    chosen: dict[int, Point] = {}
-    for protocol in reversed(REFITTED):
-        points = found.get((summary.run.run_id, protocol, position), [])
-        chosen |= {point.layer: point for point in points}
-    return [chosen[layer] for layer in sorted(chosen)]
 
 
 def _probe_line(
@@ -272,7 +278,7 @@ def _add_end_labels(
 
 def _add_line_keys(figure: Any) -> None:
     """Legend entries that explain the kinds of line; colours are named at the curves."""
-    keys = (("frozen probe", "solid", 1.0), ("re-fit probe", "dash", 1.0))
+    keys = (("frozen probe", "solid", 1.0), ("shadow probe", "dash", 1.0))
     upstream = ("upstream: unchanged by construction", "solid", 0.25)
     for name, dash, opacity in (*keys, upstream):
         figure.add_trace(
@@ -324,14 +330,14 @@ def _dot(summary: Summary, look: Style, kept: str, read: str) -> Any:
 
 
 def _dot_labels(
-    summaries: Sequence[Summary], kept: str, read: str, looks: dict[str, Style]
+    summaries: Sequence[Summary], read: str, looks: dict[str, Style], width: float
 ) -> list[dict[str, Any]]:
     """Names beside the points, with a thin line where they had to move away."""
-    spots = [(s.values[kept], s.values[read]) for s in summaries]
-    points = [(_across(x.value), _down(y.value)) for x, y in spots]
+    spots = [(s.values[_KEPT], s.values[read]) for s in summaries]
+    points = [(_across(x.value, width), _down(y.value)) for x, y in spots]
     names = [escape(shorten(summary.label)) for summary in summaries]
-    bars = [box for x, y in spots for box in _bar_boxes(x, y)]
-    placed = offsets(points, [_LETTER * len(name) + 6 for name in names], bars, _AREA)
+    bars = [box for x, y in spots for box in _bar_boxes(x, y, width)]
+    placed = offsets(points, [_LETTER * len(name) + 6 for name in names], bars, (width, _AREA[1]))
     colours = [looks[summary.label].colour for summary in summaries]
     return [
         {
@@ -353,22 +359,24 @@ def _dot_labels(
     ]
 
 
-def _across(share: float | None) -> float:
-    """A share's place on the trade-off's x axis, in pixels of a page of ordinary width."""
-    return _AREA[0] * ((share or 0.0) + 0.04) / 1.08
+def _across(share: float | None, width: float) -> float:
+    """A share's place on the x axis of a panel so many pixels wide."""
+    return width * ((share or 0.0) + 0.04) / 1.08
 
 
 def _down(share: float | None) -> float:
     return _AREA[1] * (1.04 - (share or 0.0)) / 1.08
 
 
-def _bar_boxes(x: Estimate, y: Estimate) -> list[Box]:
+def _bar_boxes(x: Estimate, y: Estimate, width: float) -> list[Box]:
     """The error bars of a point as thin boxes."""
     boxes = []
     if x.low is not None:
-        boxes.append((_across(x.low), _down(y.value) - 1, _across(x.high), _down(y.value) + 1))
+        ends = _across(x.low, width), _across(x.high, width)
+        boxes.append((ends[0], _down(y.value) - 1, ends[1], _down(y.value) + 1))
     if y.low is not None:
-        boxes.append((_across(x.value) - 1, _down(y.high), _across(x.value) + 1, _down(y.low)))
+        across = _across(x.value, width)
+        boxes.append((across - 1, _down(y.high), across + 1, _down(y.low)))
     return boxes
 
 
