@@ -15,6 +15,7 @@ from palimpsest.facts.dataset import DataSet
 from palimpsest.facts.fact import Fact, FactSet
 from palimpsest.facts.splits import Splits, split, with_targets
 from palimpsest.files import check_writable
+from palimpsest.intervene.changes.composition import Parts
 from palimpsest.intervene.intervention import Intervention
 from palimpsest.locks import Holder, held
 from palimpsest.model.handle import ModelHandle
@@ -253,8 +254,7 @@ def shadowed(intervention: Intervention, ground: Ground, again: Again) -> Iterat
 
     A change that all subjects feel, and no change, stay as they are.
     """
-    model, change = ground.model, intervention.change
-    shared = change.layer is None or (change.scope == "relation" and not change.gated)
+    model, change, shared = ground.model, intervention.change, _felt_by_all(intervention)
     with ExitStack() as applied:
         applied.enter_context(intervention.applied(model))
 
@@ -272,6 +272,15 @@ def shadowed(intervention: Intervention, ground: Ground, again: Again) -> Iterat
                 applied.enter_context(intervention.applied(model))
 
         yield shadow
+
+
+def _felt_by_all(intervention: Intervention) -> bool:
+    """Whether all subjects of a relation feel the whole change, or nothing is changed."""
+    if isinstance(intervention, Parts):
+        return all(map(_felt_by_all, intervention.parts))
+    change = intervention.change
+    wide = change.scope == "relation" and not change.gated and not change.independent
+    return change.layer is None or wide
 
 
 def _append(

@@ -4,7 +4,8 @@ import json
 from contextlib import nullcontext
 
 from palimpsest.ask.inquiry import Inquiry, inquire
-from tests.cli.conftest import RELATIONS, Tiny
+from tests.cli.conftest import Tiny
+from tests.invented import RELATIONS
 
 METHODS = {
     "none": ["intervene=none"],

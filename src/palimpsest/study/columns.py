@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from statistics import harmonic_mean
 from typing import Literal
 
 import numpy as np
@@ -154,6 +155,32 @@ def probe_of(results: Results, protocol: str) -> ByRun:
     )
 
 
+def removal(results: Results) -> ByRun:
+    """Harmonic mean of what is removed, 1 − recoverable, and what is kept, accuracy elsewhere.
+
+    A method that leaves the old object readable anywhere has little, and a ruined model as little.
+    The ends are those of both numbers at once: wider than 95% of the mean itself.
+    """
+    kept = means_of(results, [_ELSEWHERE])[_ELSEWHERE]
+    return {
+        run_id: _both(found, kept.get(run_id, NOT_MEASURED))
+        for run_id, found in recoverable(results).items()
+    }
+
+
+_ELSEWHERE = Quantity("other_accuracy", "vocabulary")
+
+
+def _both(found: Estimate, kept: Estimate) -> Estimate:
+    if found.value is None or kept.value is None:
+        cause = found.note if found.value is None else f"other accuracy: {kept.note}"
+        return Estimate(None, note=cause)
+    ends = ((found.high, kept.low), (found.low, kept.high))
+    low, high = (None if r is None or k is None else harmonic_mean([1 - r, k]) for r, k in ends)
+    value = harmonic_mean([1 - found.value, kept.value])
+    return Estimate(value, low, high, found.n, found.note, found.place)
+
+
 def recoverable_in(results: Results, zone: str) -> ByRun:
     """The index of the places of one zone by themselves, for each run."""
     found = profiles(results)
@@ -291,6 +318,16 @@ HEADLINE = (
         editor="down",
         eraser="down",
         read=recoverable,
+    ),
+    Column(
+        key="recoverability/removal/harmonic_mean",
+        axis="recoverability",
+        title="selective removal",
+        short="rem",
+        meaning="harmonic mean of 1 − recoverable old and other accuracy",
+        editor="up",
+        eraser="up",
+        read=removal,
     ),
     Column(
         key="recoverability/recoverable/beyond_name",

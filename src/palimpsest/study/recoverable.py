@@ -87,14 +87,16 @@ class Reading:
     upstream: bool
     alike: bool
 
-    def corrected(self, facts: Sequence[str]) -> Floats:
-        """(s − b) / (1 − b) of some facts: 0 is what finds nothing, 1 what always finds."""
-        if self.baseline is None or self.baseline >= 1:
-            return np.zeros(len(facts))
+    def of(self, facts: Sequence[str]) -> tuple[Floats, float]:
+        """The success on some of the facts, `[facts]`, and what chance finds.
+
+        What finds everything by chance tells nothing, and counts as what finds nothing.
+        """
+        chance = 0.0 if self.baseline is None else self.baseline
+        if chance >= 1:
+            return np.zeros(len(facts)), 0.0
         found = dict(zip(self.facts, self.success, strict=True))
-        success = np.array([found[fact] for fact in facts])
-        corrected: Floats = (success - self.baseline) / (1 - self.baseline)
-        return corrected
+        return np.array([found[fact] for fact in facts]), chance
 
 
 def recoverable(results: Results) -> dict[str, Estimate]:
@@ -283,7 +285,8 @@ class Attacked:
         places: attacks.
         facts: those with a value at every place, sorted.
         owners: `[facts]` their relations.
-        table: `[places, facts]` what each finds of each, chance-corrected.
+        success: `[places, facts]` in [0, 1].
+        baselines: `[places]` what each finds by chance.
         dropped: facts that lack a value at some place, and are left out.
         alike: whether all was configured as in most runs.
     """
@@ -291,7 +294,8 @@ class Attacked:
     places: tuple[Place, ...]
     facts: tuple[str, ...]
     owners: Relations
-    table: Floats
+    success: Floats
+    baselines: Floats
     dropped: int
     alike: bool
 
@@ -310,11 +314,13 @@ class Attacked:
         if len(facts) < LEAST:
             return Estimate(None, n=len(facts), note=f"fewer than {LEAST} facts with a value")
         relations = dict(zip(usable[0].facts, usable[0].relations, strict=True))
+        success, chances = zip(*(reading.of(facts) for reading in usable), strict=True)
         return cls(
             tuple(reading.place for reading in usable),
             facts,
             tuple(relations[fact] for fact in facts),
-            np.array([reading.corrected(facts) for reading in usable]),
+            np.array(success),
+            np.array(chances),
             len(every) - len(facts),
             all(reading.alike for reading in usable),
         )
@@ -323,13 +329,14 @@ class Attacked:
         """The same of some of the facts."""
         kept = [self.facts.index(fact) for fact in facts]
         owners = tuple(self.owners[place] for place in kept)
-        return replace(self, facts=tuple(facts), owners=owners, table=self.table[:, kept])
+        return replace(self, facts=tuple(facts), owners=owners, success=self.success[:, kept])
 
     def told(self) -> Told:
         """What the strongest place finds, chosen for each fold of the facts on the others."""
-        chosen = cross_fitted(self.table, self.owners)
+        chosen = cross_fitted(self.success, self.baselines, self.owners)
+        success, chance = self.success[chosen, np.arange(len(self.facts))], self.baselines[chosen]
         place = self.places[np.bincount(chosen).argmax()]
-        return Told(self.table[chosen, np.arange(len(self.facts))], self.owners, place)
+        return Told((success - chance) / (1 - chance), self.owners, place)
 
     @property
     def counted(self) -> str:
@@ -338,13 +345,16 @@ class Attacked:
         return ", ".join(f"{n} {name}" for name in FAMILIES if (n := names.count(name)))
 
 
-def cross_fitted(table: Floats, owners: Relations) -> Any:
-    """By fact the number of the place with the best mean over the facts of the other folds.
+def cross_fitted(success: Floats, baselines: Floats, owners: Relations) -> Any:
+    """By fact the number of the place that is strongest on the facts of the other folds.
 
-    Of equal places the first is taken.
+    The strongest is the one whose success is furthest beyond chance, (s − b) / (1 − b), at the
+    lower end s of its Wilson interval one standard error wide: of two attacks that find all of few
+    facts, the one that finds little by chance is surer. Of equal places the first is taken.
 
     Args:
-        table: `[places, facts]`.
+        success: `[places, facts]` in [0, 1].
+        baselines: `[places]` below 1.
         owners: `[facts]` relations; each is spread over the folds.
 
     Returns:
@@ -355,8 +365,16 @@ def cross_fitted(table: Floats, owners: Relations) -> Any:
     fold[order] = np.arange(len(owners)) % FOLDS
     chosen = np.empty(len(owners), dtype=int)
     for n in range(FOLDS):
-        chosen[fold == n] = table[:, fold != n].mean(1).argmax()
+        others = success[:, fold != n]
+        surely = _wilson_low(others.mean(1), others.shape[1])
+        chosen[fold == n] = ((surely - baselines) / (1 - baselines)).argmax()
     return chosen
+
+
+def _wilson_low(share: Floats, n: int) -> Floats:
+    """Lower ends of Wilson intervals of shares of n, one standard error wide (z = 1)."""
+    low: Floats = (share + 0.5 / n - np.sqrt(share * (1 - share) / n + 0.25 / n**2)) / (1 + 1 / n)
+    return low
 
 
 def _reached(found: Sequence[Reading]) -> Sequence[Reading]:
