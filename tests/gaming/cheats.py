@@ -42,7 +42,7 @@ class Rotation(MethodBase):
         left, _, right = torch.linalg.svd(here.T @ here.roll(1, 0))
         turn = left @ right  # the nearest rotation that takes each mean to the next one's place
         return Erasure(
-            change=Change("relation", False, site.layer, "residual", "all"),
+            change=Change("relation", False, site.layer, "residual", "all", fitted_on=("fit",)),
             model=model.fingerprint,
             proj_left=basis,
             proj_right=basis.T - turn.T @ basis.T,

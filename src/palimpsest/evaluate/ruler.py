@@ -15,7 +15,7 @@ from palimpsest.facts.splits import Splits
 from palimpsest.model.forward import greedy, next_token_logprobs
 from palimpsest.model.handle import ModelHandle
 from palimpsest.model.site import Change
-from palimpsest.record.row import Row
+from palimpsest.record.row import IN_SAMPLE, Row
 
 TAKEN = ("fit", "trace")
 """Names of what makes rows and is no measure."""
@@ -111,8 +111,13 @@ def _told(measure: Measure, scene: Scene, prepared: Any) -> Iterator[Row]:
 
 
 def _marked(row: Row, change: Change) -> Row:
-    """Null if the method could not change the fact; the mark of an oracle where it had one."""
+    """Null if the method could not change the fact; the mark of an oracle where it had one.
+
+    What can be read of facts that the method was fitted on is told under a split of its own.
+    """
     row = withheld(row, change)
+    if (row.axis, row.split) == ("recoverability", "target") and "target" in change.fitted_on:
+        row = replace(row, split=IN_SAMPLE)
     if not change.oracle:
         return row
     return replace(row, note="oracle_gate" if row.note is None else f"{row.note}; oracle_gate")

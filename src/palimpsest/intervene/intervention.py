@@ -240,7 +240,9 @@ def described(description: Mapping[str, Any]) -> Change:
     Raises:
         KeyError, TypeError: something is missing, or of another type.
     """
-    change = Change(**description["change"])
+    told = dict(description["change"])
+    unknown = ["target", "fit"] if told["scope"] == "relation" else []
+    change = Change(**told | {"fitted_on": tuple(told.get("fitted_on", unknown))})
     named: list[tuple[str, tuple[str, ...]]] = [
         (change.scope, ("fact", "relation")),
         (change.part, get_args(Part)),
@@ -248,7 +250,7 @@ def described(description: Mapping[str, Any]) -> Change:
     ]
     layer = change.layer is None or (type(change.layer) is int and change.layer >= 0)
     flags = (change.independent, change.gated)
-    texts = (description["model"], *change.failed, *change.failed.values())
+    texts = (description["model"], *change.failed, *change.failed.values(), *change.fitted_on)
     if not (
         layer
         and all(value in valid for value, valid in named)

@@ -53,6 +53,8 @@ class Change:
         gated: it acts only in prompts that hold a target subject.
         failed: by fact id, why the method could not change that fact: nothing was done for it, and
             what is measured of it is null.
+        fitted_on: splits whose facts a change of a whole relation was fitted on: of these it is
+            told how well the fit worked, never what can still be read.
     """
 
     scope: Literal["fact", "relation"]
@@ -62,6 +64,7 @@ class Change:
     policy: Policy = "all"
     gated: bool = False
     failed: Mapping[str, str] = field(default_factory=dict)
+    fitted_on: tuple[str, ...] = ()
 
     @property
     def oracle(self) -> bool:

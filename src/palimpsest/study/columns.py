@@ -12,7 +12,9 @@ from palimpsest.record.results import Results, sql_text
 from palimpsest.record.row import Axis
 from palimpsest.study.intervals import Estimate, Sample, estimates
 from palimpsest.study.recoverable import (
+    FITTED,
     ZONES,
+    fitted,
     profiles,
     recoverable,
     recoverable_after,
@@ -93,10 +95,13 @@ class Column:
 def headline(results: Results) -> dict[str, ByRun]:
     """The headline numbers of all runs, by column key."""
     means = means_of(results, [c.rows for c in HEADLINE if c.rows])
-    return {
+    found = {
         column.key: column.read(results) if column.read else means[column.rows]
         for column in HEADLINE
     }
+    seen = {run_id: Estimate(None, note=FITTED) for run_id in fitted(results)}
+    hidden = {c.key for c in HEADLINE if c.axis == "recoverability"}
+    return {key: {**values, **seen} if key in hidden else values for key, values in found.items()}
 
 
 def means_of(results: Results, wanted: Iterable[Quantity | None]) -> dict[Quantity | None, ByRun]:

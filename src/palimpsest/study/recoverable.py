@@ -153,15 +153,24 @@ def _names(results: Results) -> dict[str, float]:
     )
 
 
+def fitted(results: Results) -> set[str]:
+    """The runs whose method was fitted on the target facts: nothing is told of these."""
+    compared(results)
+    found = f"SELECT DISTINCT run_id FROM compared WHERE split = {sql_text(IN_SAMPLE)}"
+    return {run_id for (run_id,) in results.query(found)}
+
+
 def _by_run(
     results: Results, kept: Callable[[Sequence[Reading]], Sequence[Reading]]
 ) -> dict[str, Estimate]:
-    found, causes = readings(results), _causes(results)
+    found, causes, seen = readings(results), _causes(results), fitted(results)
     made = {}
     for run in results.runs:
         some = kept(found.get(run.run_id, ()))
         lacking = [name for name in FAMILIES if not _valued(some, name)]
-        if lacking:
+        if run.run_id in seen:
+            made[run.run_id] = Estimate(None, note=FITTED)
+        elif lacking:
             why = [f"{name}: {causes.get((run.run_id, name), 'not measured')}" for name in lacking]
             made[run.run_id] = Estimate(None, note="; ".join(why))
         else:
@@ -480,10 +489,6 @@ def _causes(results: Results) -> dict[tuple[str, str], str]:
     for run_id, budgets in results.query(_OTHER_BUDGETS):
         for family in FAMILIES[2:]:
             causes[run_id, family] = f"no attack at B = {BUDGET}, only at {budgets}"
-    for (run_id,) in results.query(
-        f"SELECT DISTINCT run_id FROM compared WHERE split = {sql_text(IN_SAMPLE)}"
-    ):
-        causes |= {(run_id, family): FITTED for family in FAMILIES}
     return causes
 
 

@@ -144,4 +144,5 @@ def joined(parts: Sequence[Intervention]) -> Change:
     """The change that several make together: it begins where the first one does."""
     first = min(parts, key=lambda part: (part.change.layer is None, part.change.layer or 0))
     failed = {fact: cause for part in parts for fact, cause in part.change.failed.items()}
-    return replace(first.change, failed=failed)
+    fitted_on = dict.fromkeys(split for part in parts for split in part.change.fitted_on)
+    return replace(first.change, failed=failed, fitted_on=tuple(fitted_on))

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -90,7 +90,8 @@ class Eraser(MethodBase, ABC):
             `attention_norm` (what they read).
         position: the token whose states are fitted on.
         policy: the tokens that are erased.
-        fit_on: `target+fit`, or `fit` alone.
+        fit_on: `fit`; or `target+fit`, after which nothing is told of what can be read of the
+            target facts.
         layers: several; None for the located one.
         all_layers: every layer.
         gate: `always`, or only in prompts that hold one of the target `subjects`, which no deployed
@@ -104,7 +105,7 @@ class Eraser(MethodBase, ABC):
     part: str = "residual"
     position: str = "last_prompt"
     policy: str = "all_but_sink"
-    fit_on: str = "target+fit"
+    fit_on: str = "fit"
     layers: list[int] | None = None
     all_layers: bool = False
     gate: str = "always"
@@ -281,8 +282,9 @@ class Eraser(MethodBase, ABC):
                 "expected target facts whose subjects open the gate, found none; set "
                 "intervene.gate=always"
             )
+        change = Change("relation", False, site.layer, site.part, self.policy, gated=gated)  # type: ignore[arg-type]
         return Erasure(
-            change=Change("relation", False, site.layer, site.part, self.policy, gated=gated),  # type: ignore[arg-type]
+            change=replace(change, fitted_on=tuple(self.fit_on.split("+"))),
             model=model.fingerprint,
             proj_left=affine.left,
             proj_right=affine.right,

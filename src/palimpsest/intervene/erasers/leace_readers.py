@@ -57,7 +57,7 @@ class LeaceReaders(FoldedLeace):
         shift = erasure.proj_right @ erasure.bias
         moved = [each @ shift for each, has in zip(read, biased, strict=True) if has]
         deltas = ReaderDeltas(
-            change=Change("relation", False, layer, part),
+            change=Change("relation", False, layer, part, fitted_on=erasure.change.fitted_on),
             model=model.fingerprint,
             left=-torch.cat(read),
             right=erasure.proj_right,

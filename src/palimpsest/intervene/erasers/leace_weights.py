@@ -37,7 +37,7 @@ class LeaceWeights(FoldedLeace):
         module = model.module(Site(layer, "mlp"))
         bare = getattr(module, "bias", None) is None
         deltas = WeightDeltas(
-            change=Change("relation", False, layer, "mlp"),
+            change=Change("relation", False, layer, "mlp", fitted_on=erasure.change.fitted_on),
             model=model.fingerprint,
             left=(right @ weight).float().unsqueeze(0),
             right=-left.T.float().unsqueeze(0),
