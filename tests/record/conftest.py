@@ -36,7 +36,7 @@ class Recipe:
     perplexity: float = 26.1
     frozen: float = 0.9
     refit: float | None = 0.9
-    refit_protocol: str = "retrained"
+    independent: bool = False
     note: str | None = None
 
 
@@ -54,7 +54,7 @@ RECIPES = (
         perplexity=26.3,
         frozen=0.46,
         refit=0.72,
-        refit_protocol="adaptive",
+        independent=True,
     ),
     Recipe(
         "aa0000000003",
@@ -67,7 +67,7 @@ RECIPES = (
         kept=0.92,
         frozen=0.5,
         refit=0.7,
-        refit_protocol="adaptive",
+        independent=True,
     ),
     Recipe(
         "aa0000000004",
@@ -80,7 +80,7 @@ RECIPES = (
         kept=0.94,
         frozen=0.86,
         refit=0.85,
-        refit_protocol="adaptive",
+        independent=True,
     ),
     Recipe(
         "aa0000000005",
@@ -253,6 +253,7 @@ def _rows(recipe: Recipe, random: np.random.Generator) -> Iterator[Row]:
     yield from _downstream(recipe, random)
     yield from _probes(recipe, random)
     yield from _lens(recipe, random)
+    yield from _attacks(recipe, random)
     yield from _consistency(recipe, random)
     yield from _cost(recipe)
 
@@ -318,14 +319,31 @@ def _probe(
     note = "unchanged by construction" if upstream else recipe.note
     number, wobble = int(about["fact_id"][-2:]), 0.0 if upstream else random.normal(0, 0.05)
     hardness = (number + 0.5) / N_FACTS + wobble + np.random.default_rng(layer).normal(0, 0.01)
-    for protocol, level in (("frozen", recipe.frozen), ("retrained", None), ("adaptive", None)):
-        if protocol != "frozen":
-            level = recipe.refit if protocol == recipe.refit_protocol else None
+    retrained = None if recipe.independent else recipe.refit
+    for protocol, level in (
+        ("frozen", recipe.frozen), ("shadow", recipe.refit), ("retrained", retrained),
+    ):  # fmt: skip
         p = before if upstream else level
         value = None if p is None else float(hardness < p)
         yield _row(
             about, "probe_accuracy", protocol, value, **place, note=undefined if p is None else note
         )
+
+
+def _attacks(recipe: Recipe, random: np.random.Generator) -> Iterator[Row]:
+    """The lens finds what the frozen probe reads; prompts find what is still said."""
+    for number in range(N_FACTS):
+        about = _about(recipe, number, "recoverability") | {"budget": 20}
+        for layer in LAYERS:
+            upstream = recipe.layer is None or layer < recipe.layer
+            found = 0.03 * layer if upstream else recipe.frozen * layer / 29
+            place = {"layer": layer, "position": "last_prompt"}
+            note = "unchanged by construction" if upstream else recipe.note
+            hit = _coin(random, found)
+            yield _row(about, "attack_success", "logit_lens", hit, **place, note=note)
+            yield _row(about, "attack_baseline", "logit_lens", 0.1, **place)
+        yield _row(about, "attack_success", "few_shot", _coin(random, 1 - recipe.suppresses))
+        yield _row(about, "attack_baseline", "few_shot", 0.1)
 
 
 def _lens(recipe: Recipe, random: np.random.Generator) -> Iterator[Row]:

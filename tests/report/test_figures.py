@@ -27,6 +27,9 @@ def drawn(results, fact_id):
     return ranks(results, rank_curves(results, [fact_id]), fact_id)
 
 
+INDEX, AFTER = (f"recoverability/recoverable/{name}" for name in ("model", "after_change"))
+
+
 def test_recoverability_shows_all_methods_at_both_positions(results, summaries):
     figure = figures.recoverability(results)
     named = {trace.legendgroup for trace in figure.data if trace.hovertext}
@@ -43,7 +46,7 @@ def test_upstream_values_are_faint_and_say_so(results, summaries):
     assert all("unchanged by construction" in text for t in faint for text in t.hovertext[:-1])
 
 
-def test_adaptive_probes_continue_where_retrained_ones_are_undefined(results, summaries):
+def test_shadow_probes_are_dashed(results, summaries):
     figure = figures.recoverability(results)
     dashed = [
         t
@@ -55,8 +58,15 @@ def test_adaptive_probes_continue_where_retrained_ones_are_undefined(results, su
 
 def test_trade_off_names_every_point(results, summaries):
     figure = figures.trade_off(results)
-    names = [note.text for note in figure.layout.annotations[:-1]]
-    assert names == [summary.label for summary in summaries]
+    titles, names = [], []
+    for note in figure.layout.annotations[:-1]:
+        (names if note.showarrow else titles).append(note.text)
+    assert titles == ["from the whole model", "at or after the change"]
+    assert set(names) == {s.label for s in summaries if s.values[INDEX].value is not None}
+    assert len(names) == sum(
+        s.values[k].value is not None for s in summaries for k in (INDEX, AFTER)
+    )
+    assert len(names) > len(summaries)
     assert all(trace.error_x.array[0] >= 0 for trace in figure.data)
 
 

@@ -1,29 +1,40 @@
 """The headline numbers worked out row by row, as they were before SQL: slow, and plain to read."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from statistics import fmean
+from dataclasses import dataclass
+from functools import partial
+from statistics import fmean, harmonic_mean
 from typing import Any
 
 import numpy as np
 
 from palimpsest.record.results import Run
 from palimpsest.record.row import Row
-from palimpsest.study.columns import HEADLINE, REFITTED, Column, old_rank, probe_frozen, probe_refit
-from palimpsest.study.intervals import (
-    Center,
-    Estimate,
-    Floats,
-    _medians,
-    ends,
-    resampling,
-    varies,
-    weighted_mean,
+from palimpsest.study import recoverable as index
+from palimpsest.study.columns import (
+    HEADLINE,
+    Column,
+    old_rank,
+    probe_of,
+    recoverable_in,
+    removal,
 )
+from palimpsest.study.intervals import Center, Estimate, Floats, Kind, interval
 from palimpsest.study.localization import LEAST_EFFECT
-from palimpsest.study.recoverable import BUDGET, LEAST, PROBES, ZONES, left_out, optimism
-from palimpsest.study.recoverable import recoverable as index
+from palimpsest.study.recoverable import (
+    _SEED,
+    BUDGET,
+    FAMILIES,
+    FOLDS,
+    LEAST,
+    PROBES,
+    REPEATS,
+    ZONES,
+    left_out,
+)
+from palimpsest.study.samples import SHARES
 from palimpsest.study.sequences import FIRST, MEASURES, Measure
 
 Place = tuple[str, int, str]
@@ -48,32 +59,15 @@ def estimate(rows: Sequence[Row], center: Center = "mean", place: str | None = N
         return Estimate(value, n=n, note=note, place=place)
     found = facts_of(present).values()
     values = np.array([value for value, _ in found])
-    low, high = interval(values, tuple(relation for _, relation in found), center)
+    relations = tuple(relation for _, relation in found)
+    low, high = interval(values, relations, center, _kind(rows), len(present))
     return Estimate(_center(values, center), low, high, len(values), note, place)
 
 
-def interval(
-    values: Floats, relations: tuple[str | None, ...], center: Center = "mean"
-) -> tuple[float, float] | tuple[None, None]:
-    """95% percentile bootstrap over facts, seeded.
-
-    Whole relations are resampled when there are ten or more, else facts within each relation (the
-    inference is then conditional on the relations).
-
-    Args:
-        values: [facts] one value per fact.
-        relations: [facts] each fact's relation.
-        center: the statistic.
-
-    Returns:
-        Both ends, or two Nones where nothing can vary: fewer than ten relations of one fact each.
-    """
-    if not varies(relations):
-        return None, None
-    if np.ptp(values) == 0:
-        return float(values[0]), float(values[0])
-    weights = resampling(relations)
-    return ends(weighted_mean(values, weights) if center == "mean" else _medians(values, weights))
+def _kind(rows: Sequence[Row]) -> Kind:
+    """What the values are: hits by their metric, or because they are 0 here and 1 there."""
+    values = {row.value for row in rows if row.value is not None}
+    return "share" if rows[0].metric in SHARES or values == {0.0, 1.0} else "number"
 
 
 def facts_of(rows: Sequence[Row]) -> dict[str, tuple[float, str | None]]:
@@ -136,21 +130,11 @@ def probe_rows(run: Run, protocol: str, position: str = "last_prompt") -> list[R
     return rows_of("probe_accuracy", protocol, split="target", position=position)(run)
 
 
-def frozen(run: Run) -> Estimate:
-    """Accuracy of probes trained on the unchanged model, at the deepest measured layer."""
+def probe(run: Run, protocol: str) -> Estimate:
+    """Accuracy of probes of a protocol at the deepest measured layer."""
     layer = _deepest(_probes(run))
-    rows = [row for row in probe_rows(run, "frozen") if row.layer == layer]
+    rows = [row for row in probe_rows(run, protocol) if row.layer == layer]
     return estimate(rows, place=_at(layer))
-
-
-def refit(run: Run) -> Estimate:
-    """The same place, probes trained after the change: retrained ones, or else adaptive ones."""
-    layer = _deepest(_probes(run))
-    named = [(name, [r for r in probe_rows(run, name) if r.layer == layer]) for name in REFITTED]
-    for name, rows in named:
-        if any(row.value is not None for row in rows):
-            return estimate(rows, place=f"{name}, {_at(layer)}")
-    return estimate([row for _, rows in named for row in rows], place=_at(layer))
 
 
 def rank(run: Run) -> Estimate:
@@ -161,7 +145,8 @@ def rank(run: Run) -> Estimate:
 
 
 def _probes(run: Run) -> list[Row]:
-    return [row for name in ("frozen", *REFITTED) for row in probe_rows(run, name)]
+    names = ("frozen", "shadow", "retrained")
+    return [row for name in names for row in probe_rows(run, name)]
 
 
 def _deepest(rows: Sequence[Row]) -> int | None:
@@ -181,9 +166,13 @@ def read(column: Column, run: Run) -> Estimate:
     """One of them."""
     if column.rows:
         return estimate(asked(column, run))
-    slow: dict[Any, Callable[[Run], Estimate]] = {
-        index: recoverable, probe_frozen: frozen, probe_refit: refit, old_rank: rank,
+    slow: dict[Any, Callable[..., Estimate]] = {
+        index.recoverable: recoverable, index.recoverable_after: recoverable_after,
+        index.recoverable_beyond_name: beyond_name, removal: removed, old_rank: rank,
     }  # fmt: skip
+    if isinstance(column.read, partial):
+        inner: dict[Any, Callable[..., Estimate]] = {probe_of: probe, recoverable_in: in_zone}
+        return inner[column.read.func](run, **column.read.keywords)
     return slow[column.read](run)
 
 
@@ -207,59 +196,91 @@ class Reading:
     success: Mapping[str, float]
     baseline: float
 
-    def corrected(self, facts: Sequence[str]) -> list[float]:
-        """(s − b) / (1 − b) of some facts: 0 is what finds nothing, 1 what always finds."""
+    def of(self, facts: Sequence[str]) -> tuple[list[float], float]:
+        """The success on some facts, and chance; what chance always finds tells nothing."""
         if self.baseline >= 1:
-            return [0.0] * len(facts)
-        return [(self.success[fact] - self.baseline) / (1 - self.baseline) for fact in facts]
+            return [0.0] * len(facts), 0.0
+        return [self.success[fact] for fact in facts], self.baseline
 
 
 def recoverable(run: Run) -> Estimate:
-    """The index in [0, 1], chance-corrected, with an interval over facts.
+    """The index of the whole model, or the causes for which families of attacks are lacking."""
+    return _whole(run, successes(run))
 
-    States count at or after the change only; of an unchanged model all do.
-    """
-    return _index(_strongest(run, _reached(run)))
+
+def recoverable_after(run: Run) -> Estimate:
+    """The same at or after the change only; of an unchanged model everywhere."""
+    return _whole(run, _reached(run))
+
+
+def _whole(run: Run, rows: Sequence[Row]) -> Estimate:
+    tried = attacks(run, rows)
+    lacking = [f for f in FAMILIES if not any(_family(place) == f for place in tried)]
+    if lacking:
+        return Estimate(None, note="; ".join(f"{name}: {_why(run, name)}" for name in lacking))
+    return _index(run, rows)
+
+
+def _why(run: Run, family: str) -> str:
+    """The causes of the first protocol of a family that has any."""
+    causes: dict[str, set[str]] = defaultdict(set)
+    for row in run.rows:
+        if _is_success(row) and row.value is None and row.note and _family(_place(row)) == family:
+            causes[row.protocol].add(row.note)
+    return "; ".join(sorted(causes[min(causes)])) if causes else "not measured"
+
+
+def in_zone(run: Run, zone: str) -> Estimate:
+    """The index of a zone's places."""
+    return profile(run).get(zone, Estimate(None, note="nothing was measured there"))
+
+
+def beyond_name(run: Run) -> Estimate:
+    """The index as a share of what the names leave open."""
+    found = recoverable(run)
+    named = run.select("probe_accuracy", "embedding", split="target")
+    if found.value is None or not named:
+        return Estimate(None, note=found.note or "no probe of the names was measured")
+    raise NotImplementedError
+
+
+def removed(run: Run) -> Estimate:
+    """Harmonic mean of 1 − the index and accuracy elsewhere."""
+    found = recoverable(run)
+    kept = estimate(rows_of("other_accuracy", "vocabulary")(run))
+    if found.value is None or kept.value is None:
+        cause = found.note if found.value is None else f"other accuracy: {kept.note}"
+        return Estimate(None, note=cause)
+    ends = (found.value, kept.value), (found.high, kept.low), (found.low, kept.high)
+    value, low, high = (
+        None if None in pair else harmonic_mean([1 - pair[0], pair[1]]) for pair in ends
+    )
+    return Estimate(value, low, high, found.n, found.note, found.place)
 
 
 def recoverable_beyond(run: Run, other: Run) -> Estimate:
-    """By how much the index of one run exceeds another's, like for like and fact by fact.
-
-    Both sides are asked in words and at the layers and positions that count for both, and of the
-    facts that have a value on both. Either is what the strongest attack finds that is defined for
-    it, less its optimism, and at least 0. The interval is over facts, each with its value on both
-    sides.
-    """
-    rows = [_reached(each) for each in (run, other)]
+    """By how much the index of one run exceeds another's, like for like and fact by fact."""
+    rows = [successes(each) for each in (run, other)]
     shared = set.intersection(*({_place(row)[1:] for row in some} for some in rows))
     alike = [[row for row in some if _place(row)[1:] in shared] for some in rows]
-    first, second = (_strongest(each, some) for each, some in zip((run, other), alike, strict=True))
-    for side in (first, second):
-        if isinstance(side, Estimate):
-            return side
-    assert isinstance(first, Best)
-    assert isinstance(second, Best)
-    common = {*first.facts} & {*second.facts}
-    lacking = len({*first.facts} | {*second.facts}) - len(common)
-    if not lacking:
-        return _beyond(first, second)
-    kept = [[row for row in some if row.fact_id in common] for some in alike]
-    first, second = (_strongest(each, some) for each, some in zip((run, other), kept, strict=True))
-    if isinstance(first, Estimate) or isinstance(second, Estimate):
+    facts = []
+    for each, some in zip((run, other), alike, strict=True):
+        common = _common(attacks(each, some), some)
+        if isinstance(common, Estimate):
+            return common
+        facts.append(common)
+    both = sorted({*facts[0]} & {*facts[1]})
+    lacking = len({*facts[0]} | {*facts[1]}) - len(both)
+    if len(both) < LEAST:
         return Estimate(None, note=f"fewer than {LEAST} facts have a value on both sides")
-    return replace(_beyond(first, second), note=left_out(lacking))
-
-
-def _beyond(first: "Best", second: "Best") -> Estimate:
-    """The difference of two indices over the same facts."""
-    place = f"{first.place}, against {second.place}"
-    value = first.index(first.values.mean()) - second.index(second.values.mean())
-    low = high = None
-    if varies(first.owners):
-        weights = resampling(first.owners)
-        one, two = (each.index(weighted_mean(each.values, weights)) for each in (first, second))
-        low, high = ends(one - two)
-    return Estimate(float(value), low, high, len(first.facts), place=place)
+    sides = [_told(attacks(r, s), s, both) for r, s in zip((run, other), alike, strict=True)]
+    (one, owners, place, width), (two, _, against, other_width) = sides
+    value = float(max(0.0, one.mean()) - max(0.0, two.mean()))
+    wide = max(width, other_width)
+    found = (one - two) / wide
+    low, high = _wider(found.mean(), *interval(found, owners, kind="difference"))
+    low, high = max(-1.0, min(low * wide, value)), max(min(1.0, high * wide), value)
+    return Estimate(value, low, high, len(both), left_out(lacking), f"{place}, against {against}")
 
 
 def profile(run: Run) -> dict[str, Estimate]:
@@ -274,7 +295,7 @@ def profile(run: Run) -> dict[str, Estimate]:
     zones: dict[str, list[Row]] = {zone: [] for zone in ZONES}
     for row in rows:
         zones[_zone(row, min(reached))].append(row)
-    return {zone: _index(_strongest(run, some)) for zone, some in zones.items() if some}
+    return {zone: _index(run, some) for zone, some in zones.items() if some}
 
 
 def _zone(row: Row, site: int) -> str:
@@ -285,29 +306,6 @@ def _zone(row: Row, site: int) -> str:
     return ZONES[1] if row.layer == site else ZONES[2]
 
 
-@dataclass(frozen=True)
-class Best:
-    """The strongest of many attacks.
-
-    Attributes:
-        place: its name.
-        facts: which it was tried on, sorted.
-        owners: their relations.
-        values: `[facts]` what it finds, chance-corrected.
-        optimism: what its mean gains by being the best of so many.
-    """
-
-    place: str
-    facts: tuple[str, ...]
-    owners: tuple[str | None, ...]
-    values: Floats
-    optimism: float
-
-    def index(self, found: Any) -> Any:
-        """The index where the attack finds so much on average: less its optimism, at least 0."""
-        return np.maximum(0.0, found - self.optimism)
-
-
 def _reached(run: Run) -> list[Row]:
     """Successes at or after the change; if it is at none of the measured states, all."""
     rows = successes(run)
@@ -315,29 +313,80 @@ def _reached(run: Run) -> list[Row]:
     return reached if any(row.layer is not None for row in reached) else rows
 
 
-def _index(best: Best | Estimate) -> Estimate:
-    """What the best of the attacks finds, less what a best of so many finds by chance."""
-    if isinstance(best, Estimate):
-        return best
-    found = (best.values.mean(), *interval(best.values, best.owners))
-    value, low, high = (None if x is None else float(best.index(x)) for x in found)
-    return Estimate(value, low, high, len(best.facts), place=best.place)
+def _index(run: Run, rows: Sequence[Row]) -> Estimate:
+    """What the strongest attack finds of facts that did not choose it."""
+    tried = attacks(run, rows)
+    facts = _common(tried, rows)
+    if isinstance(facts, Estimate):
+        return facts
+    values, owners, place, width = _told(tried, rows, facts)
+    shares = (values - 1) / width + 1
+    low, high = _wider(shares.mean(), *interval(shares, owners, kind="share"))
+    found = (values.mean(), (low - 1) * width + 1, min(1.0, (high - 1) * width + 1))
+    value, low, high = (max(0.0, float(x)) for x in found)
+    counts = {f: sum(_family(place) == f for place in tried) for f in FAMILIES}
+    counted = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
+    dropped = len({row.fact_id for row in rows if row.value is not None}) - len(facts)
+    note = f"facts without a value at some place are left out: {dropped}" if dropped else None
+    return Estimate(value, low, high, len(facts), note, f"{place} (of {counted})")
 
 
-def _strongest(run: Run, rows: Sequence[Row]) -> Best | Estimate:
-    """The attack that finds most; or no value, and why."""
-    readings = attacks(run, rows)
-    if not readings:
+def _wider(mean: float, low: float, high: float) -> tuple[float, float]:
+    """As of one and a half times less facts."""
+    return mean - (mean - low) * 1.5**0.5, mean + (high - mean) * 1.5**0.5
+
+
+def _common(tried: Mapping[Place, Reading], rows: Sequence[Row]) -> list[str] | Estimate:
+    """The facts that all places have; or why there are too few."""
+    if not tried:
         return Estimate(None, note="no attacks were measured")
-    relations = {str(row.fact_id): row.relation for row in rows}
-    facts = tuple(sorted(set.intersection(*(set(each.success) for each in readings.values()))))
+    facts = sorted(set.intersection(*(set(each.success) for each in tried.values())))
     if len(facts) < LEAST:
         return Estimate(None, n=len(facts), note=f"fewer than {LEAST} facts with a value")
+    return facts
+
+
+def _told(
+    tried: Mapping[Place, Reading], rows: Sequence[Row], facts: Sequence[str]
+) -> tuple[Floats, tuple[str | None, ...], str, float]:
+    """By fact what the place finds that is surest beyond chance on the other folds."""
+    relations = {str(row.fact_id): row.relation for row in rows}
     owners = tuple(relations[fact] for fact in facts)
-    places = list(readings)
-    table = np.array([readings[place].corrected(facts) for place in places])
-    best = int(table.mean(1).argmax())
-    return Best(_named(places[best]), facts, owners, table[best], optimism(table, owners))
+    generator, chosen, width = np.random.default_rng(_SEED), [], 1.0
+    values = dict.fromkeys(facts, 0.0)
+    for _ in range(REPEATS):
+        shuffled = [facts[n] for n in generator.permutation(len(facts))]
+        ranked = sorted(shuffled, key=lambda fact: relations[fact] or "")
+        fold = {fact: n % FOLDS for n, fact in enumerate(ranked)}
+        for fact in facts:
+            best = _surest(tried, [other for other in facts if fold[other] != fold[fact]])
+            (hit,), chance = tried[best].of([fact])
+            values[fact] += (hit - chance) / (1 - chance) / REPEATS
+            width = max(width, 1 / (1 - chance))
+            chosen.append(best)
+    order = list(tried)
+    place = max(order, key=lambda place: (chosen.count(place), -order.index(place)))
+    return np.array(list(values.values())), owners, _named(place), width
+
+
+def _surest(tried: Mapping[Place, Reading], facts: Sequence[str]) -> Place:
+    """The place that is furthest beyond chance at the lower end of its success."""
+    best, most = None, -math.inf
+    for place, reading in tried.items():
+        success, chance = reading.of(facts)
+        share, n = fmean(success), len(facts)  # Wilson: where (p − share)² is p (1 − p) / n
+        low = min(np.roots([1 + 1 / n, -(2 * share + 1 / n), share**2]).real)
+        if (low - chance) / (1 - chance) > most + 1e-12:
+            best, most = place, (low - chance) / (1 - chance)
+    assert best is not None
+    return best
+
+
+def _family(place: Place) -> str:
+    protocol, layer, _ = place
+    if protocol in PROBES:
+        return FAMILIES[1] if protocol == "shadow" else FAMILIES[0]
+    return FAMILIES[2] if layer >= 0 else FAMILIES[3]
 
 
 def attacks(run: Run, rows: Sequence[Row]) -> dict[Place, Reading]:
@@ -354,17 +403,19 @@ def attacks(run: Run, rows: Sequence[Row]) -> dict[Place, Reading]:
     for place in hits:
         if place[0] in PROBES:
             chances[place] = [value for value in guess if value is not None]
-    most = max((len(found) for found in hits.values()), default=0)
+    every = {fact for found in hits.values() for fact in found}
     return {
         place: Reading(found, fmean(chances[place]))
         for place, found in hits.items()
-        if chances[place] and len(found) == most
+        if chances[place] and 2 * len(found) >= len(every)
     }
 
 
 def successes(run: Run) -> list[Row]:
-    """Rows of attacks at the budget, and of probes, on target facts."""
-    return [row for row in run.rows if row.split == "target" and _is_success(row)]
+    """Rows of attacks at the budget, and of probes, on target facts; of states that are read."""
+    rows = [row for row in run.rows if row.split == "target" and _is_success(row)]
+    last = max((row.layer for row in rows if row.layer is not None), default=None)
+    return [r for r in rows if r.layer is None or (r.layer, r.position) != (last, "last_subject")]
 
 
 def _is_success(row: Row) -> bool:
@@ -416,10 +467,9 @@ def details(run: Run) -> dict[tuple[str, str, str, str], Estimate]:
 def contrast(column: Column, run: Run, reference: Run) -> Estimate:
     """A run's number less another's, over the prompts and facts that have a value on both sides.
 
-    The 95% percentile bootstrap resamples facts, each with its value on both sides. Numbers that
-    are no single fact's have no interval.
+    Intervals are of the facts' differences. Numbers that are no single fact's have none.
     """
-    if column.read is index:
+    if column.read is index.recoverable:
         return recoverable_beyond(run, reference)
     sides = [
         {_asked_by(row): row for row in asked(column, each) if row.value is not None}
@@ -434,7 +484,8 @@ def contrast(column: Column, run: Run, reference: Run) -> Estimate:
     if not left:
         return Estimate(None, note="no fact has a value on both sides")
     each = np.array([left[fact][0] - right[fact][0] for fact in left])
-    low, high = interval(each, tuple(relation for _, relation in left.values()))
+    kind: Kind = "difference" if column.rows.metric in SHARES else "number"
+    low, high = interval(each, tuple(relation for _, relation in left.values()), kind=kind)
     facts = {row.fact_id for side in sides for row in side.values()}
     return Estimate(float(each.mean()), low, high, len(left), left_out(len(facts) - len(left)))
 

@@ -12,10 +12,10 @@ from palimpsest.study.comparable import alike, asked, chosen_keys, compared, sho
 from palimpsest.study.recoverable import UNLIKE
 from palimpsest.study.summary import summarise
 from tests.study.reading import of, write_report
-from tests.study.test_recoverable import attack
+from tests.study.test_recoverable import attack, weak
 
 KEY = "downstream/paraphrase/probability"
-INDEX = "recoverability/recoverable/index"
+INDEX = "recoverability/recoverable/model"
 
 
 def said(value: float) -> list[Row]:
@@ -47,7 +47,9 @@ def tried(directory: Path, name: str, key: str, found: float, **by_key: float) -
     """A run that was attacked too, under a key; the attack finds a share of the objects."""
     store = begun(directory, name, **by_key)
     hits = {f"f{n:02}": float(n < found * 12) for n in range(12)}
-    store.append(attack("few_shot", hits, 0.0), measure="attacks", measure_key=key)
+    rows = [*weak("few_shot"), *attack("few_shot", hits, 0.0)]
+    rows = [r for r in dict.fromkeys(rows) if r.fact_id is None or r.fact_id in hits]
+    store.append(rows, measure="attacks", measure_key=key)
     store.finish()
 
 

@@ -4,7 +4,9 @@ from itertools import count
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest, t
 
+from benchmarks import simulate
 from palimpsest.record.row import Row
 from palimpsest.study.intervals import (
     Estimate,
@@ -52,30 +54,102 @@ def test_median_over_facts(estimate):
     assert estimate(rows, "median").value == 4.0
 
 
-def test_constant_samples_have_no_width(estimate):
+# -- intervals -------------------------------------------------------------------------------------
+
+ONE = ("P36",) * 24
+
+
+def test_no_interval_is_a_point(estimate):
+    """All facts alike: a share has Clopper and Pearson's interval, a number has none."""
+    low, high = interval(np.ones(24), ONE, kind="share")
+    assert (low, high) == (pytest.approx(0.025 ** (1 / 24)), 1.0)
+    assert low == pytest.approx(0.858, abs=1e-3)
+    assert interval(np.zeros(24), ONE, kind="share") == (0.0, pytest.approx(1 - low))
+    same = interval(np.zeros(24), ONE, kind="difference")
+    assert same == (pytest.approx(-same[1]), pytest.approx(0.1125, abs=1e-3))
     found = estimate([row(0.1, str(i)) for i in range(7)])
-    assert (found.low, found.high) == (0.1, 0.1)
-    assert found.value == pytest.approx(0.1)
+    assert (found.value, found.low, found.high) == (pytest.approx(0.1), None, None)
 
 
-def test_interval_of_one_relation_is_the_binomial_one():
-    values = np.array([0.0, 1.0] * 12)
-    low, high = interval(values, ("P36",) * 24)
-    assert low == pytest.approx(7 / 24, abs=1 / 24)  # binomial quantiles: 7 and 17 of 24
-    assert high == pytest.approx(17 / 24, abs=1 / 24)
-    assert interval(values, ("P36",) * 24) == (low, high)
+@pytest.mark.parametrize("hits", range(25))
+def test_independent_hits_of_one_relation_have_clopper_and_pearsons_interval(hits):
+    values = np.array([1.0] * hits + [0.0] * (24 - hits))
+    exact = binomtest(hits, 24).proportion_ci(0.95, "exact")
+    assert interval(values, ONE, kind="share") == pytest.approx((exact.low, exact.high))
 
 
-def test_below_ten_relations_facts_are_resampled_within_them():
+def test_relations_that_differ_are_strata_below_ten():
+    """What differs between relations and not within them is no uncertainty of their mean."""
+    values = np.repeat([0.0, 1.0], 12) * 0.9 + 0.05
+    narrow = interval(values, ("P36",) * 12 + ("P37",) * 12, kind="share", trials=240)
+    wide = interval(values, ONE, kind="share", trials=240)
+    assert narrow[1] - narrow[0] < 0.4 * (wide[1] - wide[0])
+
+
+def test_more_prompts_a_fact_tell_no_more_than_they_can():
+    """Facts whose prompts agree count once; prompts that are independent count each."""
+    random = np.random.default_rng(0)
+    prompts = (random.random((24, 5)) < 0.5).astype(float)
+    independent = interval(prompts.mean(1), ONE, kind="share", trials=120)
+    agreeing = interval(prompts[:, 0], ONE, kind="share", trials=120)
+    assert independent[1] - independent[0] < 0.7 * (agreeing[1] - agreeing[0])
+    assert agreeing == pytest.approx(interval(prompts[:, 0], ONE, kind="share"))
+
+
+def test_paired_differences_are_narrower_than_two_intervals_apart():
+    random = np.random.default_rng(0)
+    one = (random.random(96) < 0.6).astype(float)
+    other = np.where(random.random(96) < 0.9, one, 1 - one)
+    ends = interval(one - other, ("r",) * 96, kind="difference")
+    apart = [np.ptp(interval(each, ("r",) * 96, kind="share")) for each in (one, other)]
+    assert ends[0] <= np.mean(one - other) <= ends[1]
+    assert np.ptp(ends) < min(apart)
+
+
+def test_a_number_of_one_relation_has_the_expanded_percentile_interval():
+    """About as wide as by t, where the plain percentile interval is narrower by a tenth."""
+    values = np.random.default_rng(0).normal(size=12)
+    low, high = interval(values, ("P36",) * 12)
+    exact = t.interval(0.95, 11, np.mean(values), np.std(values, ddof=1) / 12**0.5)
+    assert high - low == pytest.approx(exact[1] - exact[0], rel=0.06)
+    assert interval(values, ("P36",) * 12) == (low, high)
+
+
+def test_numbers_below_ten_relations_are_resampled_within_them():
     values = np.repeat([0.0, 1.0], 12)
-    assert interval(values, ("P36",) * 12 + ("P37",) * 12) == (0.5, 0.5)
+    assert interval(values, ("P36",) * 12 + ("P37",) * 12) == (None, None)
+    values = values + np.random.default_rng(0).normal(scale=0.01, size=24)
+    low, high = interval(values, ("P36",) * 12 + ("P37",) * 12)
+    assert 0 < high - low < 0.02
+
+
+@pytest.mark.parametrize(
+    ("p", "facts", "relations", "alike"),
+    [
+        (0.02, 12, 1, 0.0), (0.98, 24, 1, 0.0), (0.95, 24, 3, 0.1), (0.5, 12, 3, 0.0),
+        (0.98, 96, 12, 0.3), (0.9, 384, 12, 0.3), (0.5, 120, 10, 0.1), (0.05, 24, 12, 0.0),
+    ],
+)  # fmt: skip
+def test_intervals_of_shares_hold_the_truth(p, facts, relations, alike):
+    """The short form of `make simulate`; 400 samples tell .93 from .95 to two standard errors."""
+    held = simulate.coverage(simulate.World(p, facts, relations, alike), samples=400, seed=1)
+    assert held >= 0.93 - 2 * (0.93 * 0.07 / 400) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("p", "changed", "facts"), [(0.5, 0.0, 24), (0.9, 0.1, 24), (0.7, 0.3, 96)]
+)
+def test_intervals_of_differences_hold_the_truth(p, changed, facts):
+    held = simulate.paired_coverage(p, changed, facts, samples=400, seed=1)
+    assert held >= 0.93 - 2 * (0.93 * 0.07 / 400) ** 0.5
 
 
 def test_from_ten_relations_on_whole_relations_are_resampled():
     values = np.repeat([0.0, 1.0] * 5, 20)
     names = tuple(f"P{i}" for i in range(10) for _ in range(20))
-    low, high = interval(values, names)
-    assert (low, high) == pytest.approx((0.2, 0.8), abs=0.1)  # ten units, not two hundred
+    for kind in ("share", "number"):
+        low, high = interval(values, names, kind=kind)
+        assert (low, high) == pytest.approx((0.15, 0.85), abs=0.1)  # ten units, not two hundred
 
 
 def test_single_facts_of_few_relations_have_no_interval(estimate):
@@ -111,10 +185,10 @@ def test_missing_values_tell_their_cause(estimate):
     assert (some.note, some.place) == ("1 of 3 values missing: no probe", "layer 3")
 
 
-def test_many_quantities_at_once_have_the_intervals_of_each():
+@pytest.mark.parametrize("kind", ["share", "difference", "number"])
+@pytest.mark.parametrize("center", ["mean", "median"])
+def test_many_quantities_at_once_have_the_intervals_of_each(kind, center):
     random = np.random.default_rng(0)
-    values = np.vstack([random.random((6, 24)), np.full(24, 0.1)])
-    relations = ("a", "b", "b") * 8
-    for center in ("mean", "median"):
-        wanted = [interval(row, relations, center) for row in values]
-        np.testing.assert_allclose(intervals(values, relations, center), wanted, rtol=1e-12)
+    values, relations = random.random((6, 24)), ("a", "b", "b") * 8
+    wanted = [interval(row, relations, center, kind) for row in values]
+    np.testing.assert_allclose(intervals(values, relations, center, kind), wanted, rtol=1e-12)

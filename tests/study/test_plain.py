@@ -98,9 +98,9 @@ class Messy:
 
     def _states(self, layer: int, position: str) -> Iterator[Row]:
         note = None if layer in self.reached else UPSTREAM
-        for protocol in ("frozen", "retrained", "adaptive", "frozen_mlp"):
+        for protocol in ("frozen", "retrained", "shadow", "frozen_mlp"):
             for fact, relation in self.facts:
-                gone = protocol == "adaptive" or (protocol == "retrained" and layer == LAYERS[-1])
+                gone = protocol in ("shadow", "retrained") and layer == LAYERS[-1]
                 yield Row(
                     scope="fact", axis="recoverability", metric="probe_accuracy", split="target",
                     protocol=protocol, fact_id=fact, relation=relation, layer=layer,

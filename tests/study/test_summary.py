@@ -61,12 +61,14 @@ def test_probes_are_read_at_the_deepest_layer(write_run):
         *probe("frozen", 1.0, 1.0, layer=3),
         *probe("frozen", 1.0, 0.0, layer=29),
         *probe("retrained", None, None, layer=29, note="undefined"),
-        *probe("adaptive", 1.0, 1.0, layer=29),
+        *probe("shadow", 1.0, 1.0, layer=29),
     )
     frozen = value(run, "recoverability/probe_accuracy/frozen")
-    refit = value(run, "recoverability/probe_accuracy/refit")
+    shadow = value(run, "recoverability/probe_accuracy/shadow")
+    retrained = value(run, "recoverability/probe_accuracy/retrained")
     assert (frozen.value, frozen.place) == (0.5, "layer 29")
-    assert (refit.value, refit.place) == (1.0, "adaptive, layer 29")
+    assert (shadow.value, shadow.place) == (1.0, "layer 29")
+    assert (retrained.value, retrained.note) == (None, "undefined")
 
 
 def test_a_missing_probe_keeps_its_cause(write_run):
@@ -74,8 +76,8 @@ def test_a_missing_probe_keeps_its_cause(write_run):
         *probe("frozen", 1.0, 1.0, layer=29),
         *probe("retrained", None, None, layer=29, note="undefined for independent edits"),
     )
-    refit = value(run, "recoverability/probe_accuracy/refit")
-    assert (refit.value, refit.note) == (None, "undefined for independent edits")
+    retrained = value(run, "recoverability/probe_accuracy/retrained")
+    assert (retrained.value, retrained.note) == (None, "undefined for independent edits")
 
 
 def test_lens_rank_is_a_median_over_facts(write_run):

@@ -19,9 +19,9 @@ COLUMNS = tuple(c for c in HEADLINE if c.rows or c.read is recoverable)
 """The headline numbers that can be compared fact by fact: means over facts, and the index."""
 
 _CAPTION = (
-    "Each run’s number less that of {0}, over the same facts. Small type: 95% intervals, facts "
-    "resampled with their values on both sides; perplexity and score have none. Of recoverable "
-    "only places count that both changes reach. An interval that leaves out zero is one of many "
+    "Each run’s number less that of {0}, over the same facts. Small type: 95% intervals of the "
+    "facts’ differences; perplexity and score have none. Of recoverable only layers and positions "
+    "count that were read on both sides. An interval that leaves out zero is one of many "
     "here, and some do so by chance. Compare scopes too: a change of a relation is paid for by its "
     "other subjects."
 )
@@ -107,8 +107,8 @@ def differences(
 ) -> dict[str, dict[str, Estimate]]:
     """The runs' numbers less one's, over prompts and facts with a value on both sides.
 
-    The 95% percentile bootstrap resamples facts, each with its value on both sides. Numbers that
-    are no single fact's have no interval.
+    Intervals are of the facts' differences, each with its value on both sides. Numbers that are no
+    single fact's have no interval.
 
     Returns:
         by column key and run id.
@@ -159,7 +159,7 @@ def _pairs(results: Results, ours: str, means: Sequence[Quantity]) -> dict[tuple
             FROM found GROUP BY ALL
         )
         SELECT run_id, item, fact_id, relation, prompt_id, last(value) AS value,
-            bool_and(alike) AS alike
+            bool_and(alike) AS alike, bool_and(share) AS share
         FROM found JOIN ends USING (run_id, item)
         WHERE counts AND value IS NOT NULL AND step IS NOT DISTINCT FROM ending GROUP BY ALL"""
     )
@@ -189,19 +189,24 @@ def _differences(results: Results) -> dict[tuple[str, int], Sample]:
     records = results.query(
         """WITH means AS (
             SELECT asked.run_id, item, fact_id, max(asked.relation) AS relation,
-                avg(asked.value) - avg(ours.value) AS difference
+                avg(asked.value) - avg(ours.value) AS difference, bool_and(asked.share) AS share
             FROM asked JOIN ours USING (item, fact_id)
             WHERE asked.relation IS NOT DISTINCT FROM ours.relation
                 AND asked.prompt_id IS NOT DISTINCT FROM ours.prompt_id
             GROUP BY ALL
         )
         SELECT run_id, item, list(difference ORDER BY fact_id), list(fact_id ORDER BY fact_id),
-            list(relation ORDER BY fact_id)
+            list(relation ORDER BY fact_id), bool_and(share)
         FROM means GROUP BY ALL"""
     )
     return {
-        (run, item): Sample(np.array(values), tuple(facts), tuple(relations))
-        for run, item, values, facts, relations in records
+        (run, item): Sample(
+            np.array(values),
+            tuple(facts),
+            tuple(relations),
+            kind="difference" if share else "number",
+        )
+        for run, item, values, facts, relations, share in records
     }
 
 

@@ -62,6 +62,7 @@ class Column:
         read: else makes the number of all runs.
         style: `share` (two decimals), `number` (three digits) or `rank`.
         caution: a footnote that the number must never be shown without.
+        closer: whether it stands in the second table, which looks closer at what is recoverable.
     """
 
     key: str
@@ -75,9 +76,10 @@ class Column:
     read: Callable[[Results], ByRun] | None = None
     style: Literal["share", "number", "rank"] = "share"
     caution: str | None = None
+    closer: bool = False
 
-    def heading(self, signed: bool = False) -> Heading:
-        """The column of a table that shows the number, or differences of it."""
+    def heading(self, signed: bool = False, data: bool = False) -> Heading:
+        """The column of a table that shows the number, or differences of it; or CSV alone."""
         return Heading(
             key=self.key,
             title=self.title,
@@ -89,6 +91,7 @@ class Column:
             style=self.style,
             signed=signed,
             caution=None if signed else self.caution,
+            data=data,
         )
 
 
@@ -337,6 +340,7 @@ HEADLINE = (
     Column(
         key="recoverability/recoverable/beyond_name",
         axis="recoverability",
+        closer=True,
         title="recoverable beyond the name",
         short="rec|nm",
         meaning="the same as a share of what a probe on the name’s input embeddings leaves open",
@@ -360,6 +364,7 @@ HEADLINE = (
         Column(
             key=f"recoverability/recoverable/{key}",
             axis="recoverability",
+            closer=True,
             title=f"recoverable {title}",
             short=short,
             meaning=f"the same from {meaning} alone",
@@ -375,6 +380,7 @@ HEADLINE = (
     Column(
         key="recoverability/probe_accuracy/frozen",
         axis="recoverability",
+        closer=True,
         title="probe old (frozen)",
         short="frz",
         meaning="a linear probe trained on the unchanged model reads the old object, last prompt "
@@ -386,6 +392,7 @@ HEADLINE = (
     Column(
         key="recoverability/probe_accuracy/shadow",
         axis="recoverability",
+        closer=True,
         title="probe old (shadow)",
         short="shd",
         meaning="the same place, probe trained on subjects that the same method has changed",
@@ -396,6 +403,7 @@ HEADLINE = (
     Column(
         key="recoverability/probe_accuracy/retrained",
         axis="recoverability",
+        closer=True,
         title="probe old (retrained)",
         short="ret",
         meaning="the same place, probe trained on all probe subjects in the changed model; "

@@ -7,7 +7,7 @@ from typing import Any
 from palimpsest.record.results import Results
 from palimpsest.study.columns import HEADLINE
 from palimpsest.study.figures import methods
-from palimpsest.study.intervals import RESAMPLES
+from palimpsest.study.intervals import CLUSTERS
 from palimpsest.study.study import MOST_RUNS, Block, Figure, Study, too_many
 from palimpsest.study.summary import Summary, details, summarise
 from palimpsest.study.table import Heading, Line, Table
@@ -22,7 +22,14 @@ GROUPS = (
 _CAPTION = (
     "One model, the same facts, one ruler. Arrows show the better direction: for an editor, which "
     "writes a new object, and for an eraser, which removes the old one. Small type: 95% intervals "
-    f"over facts ({RESAMPLES:,} bootstrap samples)."
+    "over facts, conditional on the split and on the relations where there are fewer than "
+    f"{CLUSTERS}."
+)
+_CLOSER = (
+    "What the strongest attack recovers in each zone by itself, and linear probes at the deepest "
+    "measured layer. Frozen probes were trained on the unchanged model; shadow probes on subjects "
+    "that the same method has changed, as many for editors as for erasers; retrained ones on all "
+    "probe subjects of the changed model, which independent edits leave as they were."
 )
 _CURVES = (
     "How well a linear probe reads the old object from the state after each layer; a method that "
@@ -49,7 +56,12 @@ class Headline(Study):
         summaries = summarise(results)
         if not summaries:
             return ()
-        return [table(summaries), *_details(results, summaries), *_figures(results, summaries)]
+        return [
+            table(summaries),
+            closer(summaries),
+            *_details(results, summaries),
+            *_figures(results, summaries),
+        ]
 
 
 def table(summaries: Sequence[Summary]) -> Table:
@@ -64,12 +76,29 @@ def table(summaries: Sequence[Summary]) -> Table:
     )
 
 
+def closer(summaries: Sequence[Summary]) -> Table:
+    """A line a run: where the old object can be recovered, and by which probes."""
+    columns = [column for column in HEADLINE if column.closer]
+    return Table(
+        name="recoverable",
+        title="Where it can be recovered",
+        caption=_CLOSER,
+        headings=[
+            Heading(title="method", key="label", style="words"),
+            *(column.heading() for column in columns),
+        ],
+        lines=[summary.line(*(summary.values[c.key] for c in columns)) for summary in summaries],
+        footnotes=False,
+        views=("page", "terminal", "latex"),
+    )
+
+
 def _headings() -> list[Heading]:
     names = ("method", "run_id", "imitates", "n_facts")
     return [
         Heading(title="method", key="label", style="words"),
         *(Heading(title=name, style="words", data=True) for name in names),
-        *(column.heading() for column in HEADLINE),
+        *(column.heading(data=column.closer) for column in HEADLINE),
         Heading(title="n_failed", style="words", data=True),
     ]
 

@@ -1,4 +1,8 @@
-"""Numbers and their uncertainty. The unit of statistics is the fact."""
+"""Numbers and their uncertainty. The unit of statistics is the fact.
+
+docs/statistics.md says how each interval is made, what it is conditional on, and how often it holds
+the truth.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,18 +11,32 @@ from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import beta, norm, t
 
 Center = Literal["mean", "median"]
 """What stands for many values."""
 
+Kind = Literal["share", "difference", "number"]
+"""`share`: hits or parts of them, in [0, 1]. `difference`: of two shares. `number`: any other."""
+
 Floats = NDArray[np.float64]
 Relations = tuple[str | None, ...]
+Ends = tuple[float, float] | tuple[None, None]
 
 CLUSTERS = 10
-"""With this many relations, whole relations are resampled; with fewer, facts within relations."""
+"""With this many relations, the unit is the relation; with fewer, facts within each relation."""
 
 RESAMPLES = 2000
-"""Bootstrap samples behind an interval."""
+"""Bootstrap samples behind the interval of a number that is no share."""
+
+_FEW = 6
+"""Hits or misses, below which the data say little of how much facts of a relation are alike."""
+
+_ALIKE = 0.3
+"""Their intra-class correlation then, where relations are the unit: a large one, to be safe."""
+
+_LEVEL = 0.975
+"""Of the upper end."""
 
 _SEED = 20_220_210
 _TOGETHER = 256
@@ -29,7 +47,7 @@ K = TypeVar("K")
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A value with its 95% percentile-bootstrap interval.
+    """A value with its 95% interval.
 
     Attributes:
         value: the number; None with the cause in `note`.
@@ -63,6 +81,7 @@ class Sample:
         causes: why values are missing, sorted.
         upstream: whether all values were read where the change cannot reach.
         unlike: measures of these rows that were configured otherwise than in most runs.
+        kind: what the values are.
     """
 
     values: Floats
@@ -74,6 +93,7 @@ class Sample:
     causes: tuple[str, ...] = ()
     upstream: bool = False
     unlike: tuple[str, ...] = ()
+    kind: Kind = "number"
 
     @property
     def note(self) -> str | None:
@@ -100,27 +120,28 @@ def estimates(
     center: Center = "mean",
     places: Mapping[K, str | None] | None = None,
 ) -> dict[K, Estimate]:
-    """The centre of each quantity's facts, with a 95% percentile-bootstrap interval.
+    """The centre of each quantity's facts, with a 95% interval; see `interval`.
 
-    Facts are resampled as in `interval`. Quantities over facts of the same relations share the
-    resamples, so that all their intervals come from one matrix product. Aggregates have a value and
-    no interval.
+    Numbers over facts of the same relations share the bootstrap's resamples, so that all their
+    intervals come from one matrix product. Aggregates have a value and no interval.
 
     Args:
         samples: the quantities.
         center: how facts are combined.
         places: where some of them were read, to be told with the value.
     """
-    alike: dict[Relations, list[K]] = {}
+    alike: dict[tuple[Relations, Kind], list[K]] = {}
     for key, sample in samples.items():
         if len(sample.values):
-            alike.setdefault(sample.relations, []).append(key)
-    ends_of: dict[K, tuple[float, float] | tuple[None, None]] = {}
-    for relations, keys in alike.items():
+            alike.setdefault((sample.relations, sample.kind), []).append(key)
+    ends_of: dict[K, Ends] = {}
+    for (relations, kind), keys in alike.items():
         for start in range(0, len(keys), _TOGETHER):
             some = keys[start : start + _TOGETHER]
             values = np.stack([samples[key].values for key in some])
-            ends_of |= zip(some, intervals(values, relations, center), strict=True)
+            trials = np.array([samples[key].present for key in some])
+            found = intervals(values, relations, center, kind, trials)
+            ends_of |= zip(some, found, strict=True)
     places = places or {}
     return {
         key: _estimate(sample, center, ends_of.get(key, (None, None)), places.get(key))
@@ -128,12 +149,7 @@ def estimates(
     }
 
 
-def _estimate(
-    sample: Sample,
-    center: Center,
-    ends: tuple[float, float] | tuple[None, None],
-    place: str | None,
-) -> Estimate:
+def _estimate(sample: Sample, center: Center, ends: Ends, place: str | None) -> Estimate:
     if len(sample.values):
         value = _center(sample.values, center)
         low, high = ends
@@ -145,28 +161,114 @@ def _estimate(
 
 
 def interval(
-    values: Floats, relations: Relations, center: Center = "mean"
-) -> tuple[float, float] | tuple[None, None]:
-    """95% percentile bootstrap over facts, seeded.
+    values: Floats,
+    relations: Relations,
+    center: Center = "mean",
+    kind: Kind = "number",
+    trials: int | None = None,
+) -> Ends:
+    """The 95% interval of a mean, or of a median, over facts.
 
-    Whole relations are resampled when there are ten or more, else facts within each relation (the
-    inference is then conditional on the relations).
+    With ten relations or more the inference is over relations; with fewer it is conditional on
+    them, and over facts within each. A mean of shares has Clopper and Pearson's interval at its
+    effective sample size, a mean of differences of shares one by t with a pseudo-fact on each side,
+    every other number a bootstrap. No interval is a point.
 
     Args:
-        values: [facts] one value per fact.
-        relations: [facts] each fact's relation.
-        center: the statistic.
+        values: `[facts]` one value per fact.
+        relations: `[facts]` each fact's relation.
+        center: the statistic; an interval of a median is a bootstrap's whatever the kind.
+        kind: what the values are.
+        trials: of a share, single hits and misses behind the values; None: one for each fact.
 
     Returns:
-        Both ends, or two Nones where nothing can vary: fewer than ten relations of one fact each.
+        both ends, or two Nones where nothing can be said: a single fact; of numbers also where all
+        are equal, or fewer than ten relations have one fact each.
     """
-    return intervals(values[None], relations, center)[0]
+    return intervals(values[None], relations, center, kind, np.array([trials or len(values)]))[0]
 
 
 def intervals(
-    values: Floats, relations: Relations, center: Center = "mean"
-) -> list[tuple[float, float] | tuple[None, None]]:
+    values: Floats,
+    relations: Relations,
+    center: Center = "mean",
+    kind: Kind = "number",
+    trials: Floats | None = None,
+) -> list[Ends]:
     """`interval` of many quantities over the same facts, `[quantities, facts]`."""
+    facts = values.shape[1]
+    if facts < 2:
+        return [(None, None)] * len(values)
+    if kind == "number" or center == "median":
+        return _bootstrapped(values, relations, center)
+    if kind == "difference":
+        low, high = _of_differences(values, relations)
+    else:
+        low, high = _of_shares(
+            values, relations, np.full(len(values), facts) if trials is None else trials
+        )
+    return [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
+
+
+def _of_shares(values: Floats, relations: Relations, trials: Floats) -> tuple[Floats, Floats]:
+    """Clopper and Pearson's interval at the effective sample size (Korn, Graubard 1998, §3).
+
+    The effective size is n over the design effect: the variance of the mean as the facts are
+    sampled, over that of n independent hits or misses. Near 0 and 1, where the data cannot tell it,
+    facts within a relation count as alike (relations are the unit) or as independent (facts are).
+    """
+    mean, n = values.mean(1), values.shape[1]
+    variance, freedom, units = _variance(values, relations)
+    simple = mean * (1 - mean) / (n - 1)
+    few = n * np.minimum(mean, 1 - mean) < _FEW
+    effect = np.divide(variance, simple, out=np.ones_like(mean), where=simple > 0)
+    if units < n:
+        effect = np.maximum(effect, np.where(few, 1 + (n / units - 1) * _ALIKE, 1.0))
+    size = np.minimum(n / np.maximum(effect, 1e-9), np.where(few, n, np.maximum(trials, n)))
+    size = size * (t.ppf(_LEVEL, n - 1) / t.ppf(_LEVEL, freedom)) ** 2
+    hits = mean * size
+    low = np.where(mean > 0, beta.ppf(1 - _LEVEL, hits, size - hits + 1), 0.0)
+    high = np.where(mean < 1, beta.ppf(_LEVEL, hits + 1, size - hits), 1.0)
+    return low, high
+
+
+def _of_differences(values: Floats, relations: Relations) -> tuple[Floats, Floats]:
+    """By t, with a pseudo-fact that gains and one that loses (Agresti, Min 2005, for pairs)."""
+    n = values.shape[1]
+    variance, freedom, _ = _variance(values, relations)
+    center = values.sum(1) / (n + 2)
+    spread = np.sqrt(variance * (n / (n + 2)) ** 2 + 2 / (n + 2) ** 2)
+    width = t.ppf(_LEVEL, freedom) * spread
+    mean = values.mean(1)
+    low, high = np.minimum(center - width, mean), np.maximum(center + width, mean)
+    return np.maximum(low, -1.0), np.minimum(high, 1.0)
+
+
+def _variance(values: Floats, relations: Relations) -> tuple[Floats, int, int]:
+    """Of the mean, `[quantities]`; its degrees of freedom, and the number of sampling units.
+
+    Relations are the units if there are ten or more, and strata if there are fewer: those of one
+    fact then have the variance of all facts.
+    """
+    n = values.shape[1]
+    names, index = np.unique([name or "" for name in relations], return_inverse=True)
+    member = np.eye(len(names))[index]
+    if len(names) >= CLUSTERS:
+        totals = (values - values.mean(1, keepdims=True)) @ member
+        units = len(names)
+        return units / (units - 1) * (totals**2).sum(1) / n**2, units - 1, units
+    overall = values.var(1, ddof=1)
+    sizes = member.sum(0)
+    freedom = int((sizes - 1).sum())
+    if not freedom:
+        return overall / n, n - 1, n
+    own = values - (values @ member / sizes) @ member.T
+    within = np.where(sizes > 1, (own**2) @ member / np.maximum(sizes - 1, 1), overall[:, None])
+    return (within * sizes).sum(1) / n**2, freedom, n
+
+
+def _bootstrapped(values: Floats, relations: Relations, center: Center) -> list[Ends]:
+    """Expanded percentile intervals (Hesterberg 2015, section 3.4); none where they are a point."""
     if not varies(relations):
         return [(None, None)] * len(values)
     weights = resampling(relations)
@@ -174,22 +276,20 @@ def intervals(
         drawn = weighted_means(values, weights)
     else:
         drawn = np.stack([_medians(row, weights) for row in values])
-    low, high = np.quantile(drawn, [0.025, 0.975], axis=1)
-    flat = np.ptp(values, axis=1) == 0
-    low, high = (np.where(flat, values[:, 0], end) for end in (low, high))
-    return [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
+    units = len(set(relations)) if len(set(relations)) >= CLUSTERS else values.shape[1]
+    outer = float(norm.cdf(t.ppf(_LEVEL, units - 1) * (units / (units - 1)) ** 0.5))
+    low, high = np.quantile(drawn, [1 - outer, outer], axis=1)
+    point = (np.ptp(values, axis=1) == 0) | (low == high)
+    return [
+        (None, None) if same else (float(a), float(b))
+        for a, b, same in zip(low, high, point, strict=True)
+    ]
 
 
 def varies(relations: Relations) -> bool:
     """Whether a resample can differ: not with fewer than ten relations of one fact each."""
     distinct = len(set(relations))
     return distinct < len(relations) or distinct >= CLUSTERS
-
-
-def ends(statistics: Floats) -> tuple[float, float]:
-    """The 95% percentile interval of a statistic's values `[resamples]`."""
-    low, high = np.quantile(statistics, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def _center(values: Floats, center: Center) -> float:
@@ -216,14 +316,8 @@ def _draw(generator: np.random.Generator, size: int) -> Floats:
     return counts.astype(np.float64)
 
 
-def weighted_mean(values: Floats, weights: Floats) -> Floats:
-    """The mean `[resamples]` of values `[facts]` that each resample holds so often."""
-    result: Floats = weights @ values / weights.sum(axis=1)
-    return result
-
-
 def weighted_means(values: Floats, weights: Floats) -> Floats:
-    """The same `[quantities, resamples]` of values `[quantities, facts]`."""
+    """Means `[quantities, resamples]` of values `[quantities, facts]` in resamples."""
     result: Floats = values @ weights.T / weights.sum(axis=1)
     return result
 

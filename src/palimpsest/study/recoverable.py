@@ -14,13 +14,21 @@ import numpy as np
 from palimpsest.record.results import Results, sql_text
 from palimpsest.record.row import IN_SAMPLE, UPSTREAM
 from palimpsest.study.comparable import compared
-from palimpsest.study.intervals import Estimate, Floats, Relations, interval
+from palimpsest.study.intervals import Ends, Estimate, Floats, Relations, interval
 
 LEAST = 6
 """Facts, below which a best place says nothing."""
 
-FOLDS = 6
+FOLDS = 3
 """Of the facts; the place that is told of one fold is chosen on the others."""
+
+REPEATS = 10
+"""How often the facts are dealt to folds anew."""
+
+_WIDER = 1.5**0.5
+"""How much wider an interval is for the choice of the place (docs/statistics.md)."""
+
+_SEED = 20_230_103
 
 BUDGET = 20
 """Candidates that an attacker may name."""
@@ -212,7 +220,12 @@ def recoverable_beyond(results: Results, run_id: str, other: str) -> Estimate:
         return Estimate(None, note=f"fewer than {LEAST} facts have a value on both sides")
     one, two = (each.of(facts).told() for each in (first, second))
     value = max(0.0, one.values.mean()) - max(0.0, two.values.mean())
-    low, high = interval(one.values - two.values, one.owners)
+    width = max(one.width, two.width)
+    differences = (one.values - two.values) / width
+    ends = interval(differences, one.owners, kind="difference")
+    low, high = _stretched(differences, ends, 0.0, width)
+    if low is not None and high is not None:  # values below chance count as chance
+        low, high = max(-1.0, min(low, value)), max(high, value)
     place = f"{one.place}, against {two.place}"
     return Estimate(float(value), low, high, len(facts), left_out(lacking), place)
 
@@ -276,14 +289,34 @@ class Told:
     """What the strongest attack finds of each fact, chosen on other facts.
 
     Attributes:
-        values: `[facts]` chance-corrected.
+        values: `[facts]` chance-corrected: (s − b) / (1 − b), from 1 − `width` to 1.
         owners: `[facts]` relations.
         place: the place that most facts were told by.
+        width: of the range of values: 1 / (1 − b) of the place with the largest b.
     """
 
     values: Floats
     owners: Relations
     place: Place
+    width: float
+
+    @property
+    def ends(self) -> Ends:
+        """The interval of the mean: that of a share, stretched to the range of the values."""
+        shares = 1 - (1 - self.values) / self.width
+        return _stretched(
+            shares, interval(shares, self.owners, kind="share"), 1 - self.width, self.width
+        )
+
+
+def _stretched(shares: Floats, ends: Ends, least: float, width: float) -> Ends:
+    """An interval of shares, wider for the choice of the place, on the scale of the values."""
+    low, high = ends
+    if low is None or high is None:
+        return None, None
+    mean = float(shares.mean())
+    low, high = mean - (mean - low) * _WIDER, mean + (high - mean) * _WIDER
+    return least + low * width, min(1.0, least + high * width)
 
 
 @dataclass(frozen=True)
@@ -341,11 +374,13 @@ class Attacked:
         return replace(self, facts=tuple(facts), owners=owners, success=self.success[:, kept])
 
     def told(self) -> Told:
-        """What the strongest place finds, chosen for each fold of the facts on the others."""
+        """What the strongest place finds of each fact, chosen on others; the mean of all deals."""
         chosen = cross_fitted(self.success, self.baselines, self.owners)
-        success, chance = self.success[chosen, np.arange(len(self.facts))], self.baselines[chosen]
-        place = self.places[np.bincount(chosen).argmax()]
-        return Told((success - chance) / (1 - chance), self.owners, place)
+        chance = self.baselines[chosen]
+        success = self.success[chosen, np.arange(len(self.facts))]
+        place = self.places[np.bincount(chosen.ravel()).argmax()]
+        values = ((success - chance) / (1 - chance)).mean(0)
+        return Told(values, self.owners, place, float(1 / (1 - chance.max())))
 
     @property
     def counted(self) -> str:
@@ -355,7 +390,7 @@ class Attacked:
 
 
 def cross_fitted(success: Floats, baselines: Floats, owners: Relations) -> Any:
-    """By fact the number of the place that is strongest on the facts of the other folds.
+    """By deal and fact the number of the place that is strongest on the facts of the other folds.
 
     The strongest is the one whose success is furthest beyond chance, (s − b) / (1 − b), at the
     lower end s of its Wilson interval one standard error wide: of two attacks that find all of few
@@ -367,17 +402,26 @@ def cross_fitted(success: Floats, baselines: Floats, owners: Relations) -> Any:
         owners: `[facts]` relations; each is spread over the folds.
 
     Returns:
-        int `[facts]`.
+        int `[deals, facts]`.
     """
-    order = sorted(range(len(owners)), key=lambda n: owners[n] or "")  # stable: facts are sorted
+    generator = np.random.default_rng(_SEED)
+    chosen = np.empty((REPEATS, len(owners)), dtype=int)
+    for deal in chosen:
+        fold = _dealt(owners, generator)
+        for n in range(FOLDS):
+            others = success[:, fold != n]
+            surely = _wilson_low(others.mean(1), others.shape[1])
+            deal[fold == n] = ((surely - baselines) / (1 - baselines)).argmax()
+    return chosen
+
+
+def _dealt(owners: Relations, generator: np.random.Generator) -> Any:
+    """A fold for each fact, in turn within each relation, in a random order."""
+    order = generator.permutation(len(owners)).tolist()
+    order.sort(key=lambda n: owners[n] or "")
     fold = np.empty(len(owners), dtype=int)
     fold[order] = np.arange(len(owners)) % FOLDS
-    chosen = np.empty(len(owners), dtype=int)
-    for n in range(FOLDS):
-        others = success[:, fold != n]
-        surely = _wilson_low(others.mean(1), others.shape[1])
-        chosen[fold == n] = ((surely - baselines) / (1 - baselines)).argmax()
-    return chosen
+    return fold
 
 
 def _wilson_low(share: Floats, n: int) -> Floats:
@@ -398,9 +442,8 @@ def _index(found: Sequence[Reading]) -> Estimate:
     if isinstance(attacked, Estimate):
         return attacked
     told = attacked.told()
-    ends = interval(told.values, told.owners)
     value, low, high = (
-        None if x is None else max(0.0, float(x)) for x in (told.values.mean(), *ends)
+        None if x is None else max(0.0, float(x)) for x in (told.values.mean(), *told.ends)
     )
     notes = [] if attacked.alike else [UNLIKE]
     if attacked.dropped:

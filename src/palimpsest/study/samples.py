@@ -13,6 +13,16 @@ from palimpsest.study.intervals import Estimate, Sample, estimates
 Key = tuple[Any, ...]
 """A run's id, and then what tells quantities apart."""
 
+SHARES = (
+    *("efficacy", "paraphrase", "neighborhood", "suppression"),
+    *("relation_accuracy", "other_accuracy", "probe_accuracy"),
+    *("attack_success", "attack_baseline", "inversion_success", "inversion_baseline"),
+    *("inversion_rank", "relearned_old", "relearned_test", "compressed_old", "compressed_other"),
+    *("legibility_old", "legibility_new", "agreement", "agreement_correct"),
+    *("twohop_new", "twohop_old", "twohop_neither"),
+)
+"""Metrics whose values are hits, or shares of hits. Others are, if they are 0 here and 1 there."""
+
 
 def samples(
     results: Results, found: str, by: Sequence[str] = (), over: Sequence[str] | None = None
@@ -24,8 +34,8 @@ def samples(
     Args:
         results: the runs.
         found: SQL that gives `run_id`, the columns of `by`, `step`, `fact_id`, `relation`, `value`,
-            `n`, `note`, `measure`, `alike` and `counts` (a row that does not count says only which
-            step is the last). `picked` makes such a query.
+            `n`, `note`, `measure`, `alike`, `share` and `counts` (a row that does not count says
+            only which step is the last). `picked` makes such a query.
         by: the columns that tell quantities apart.
         over: the columns that tell apart what has last steps of its own; by default as `by`.
 
@@ -76,11 +86,12 @@ whole AS (
             FILTER (value IS NULL) AS causes,
         bool_and(contains(coalesce(note, ''), {upstream}))
             FILTER (value IS NOT NULL) AS upstream,
-        list(DISTINCT measure) FILTER (NOT alike) AS unlike
+        list(DISTINCT measure) FILTER (NOT alike) AS unlike,
+        bool_and(share) OR (bool_and(value IN (0, 1)) AND min(value) < max(value)) AS hits
     FROM kept GROUP BY ALL
 )
 SELECT whole.run_id{whole}, means, ids, relations, asked, present, total,
-    weight, causes, upstream, unlike
+    weight, causes, upstream, unlike, hits
 FROM whole LEFT JOIN facts ON {facts_of}
 ORDER BY ALL"""
 """A record for each sample. `found`, `own` and so on are filled in."""
@@ -97,7 +108,8 @@ def picked(condition: str, *columns: str, counts: str = "true") -> str:
     named = "".join(f", {column}" for column in columns if column != "step")
     return (
         f"SELECT run_id{named}, step, fact_id, relation, value, n, note, measure, alike, "
-        f"{counts} AS counts FROM compared WHERE {condition}"
+        f"compared.metric IN {SHARES!r} AS share, {counts} AS counts "
+        f"FROM compared WHERE {condition}"
     )
 
 
@@ -140,6 +152,7 @@ def _sample(
     causes: list[str] | None,
     upstream: bool | None,
     unlike: list[str] | None,
+    hits: bool | None,
 ) -> Sample:
     return Sample(
         values=np.array(means or [], dtype=np.float64),
@@ -151,4 +164,5 @@ def _sample(
         causes=tuple(sorted(causes or ())),
         upstream=True if upstream is None else upstream,
         unlike=tuple(sorted(unlike or ())),
+        kind="share" if hits else "number",
     )

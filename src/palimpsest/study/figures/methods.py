@@ -81,7 +81,9 @@ def trade_off(results: Results) -> Any:
     if not panels:
         return None
     titles, looks = [title for title, *_ in panels], styles(summaries)
-    figure = make_subplots(1, len(panels), True, True, titles, horizontal_spacing=0.03)
+    figure = make_subplots(
+        1, len(panels), True, True, subplot_titles=titles, horizontal_spacing=0.03
+    )
     width = _AREA[0] / len(panels)
     for column, (_, read, shown) in enumerate(panels, start=1):
         for summary in shown:
