@@ -248,7 +248,7 @@ def test_a_key_that_the_class_takes_may_be_added(call, few, tmp_path):
     ("top_k", "intervene.prefixes.top_k=0", r"intervene\.prefixes\.top_k to be at least 1, found"),
     ("row of text", "evaluate.downstream.row_tokens=1", r"row_tokens to be at least 2, found 1;"),
     ("stride", "evaluate.probes.stride=0", r"stride to be at least 1, found 0; raise"),
-    ("folds", "evaluate.probes.folds=1", r"folds to be at least 2, found 1; raise"),
+    ("subjects", "evaluate.shadow_probes.subjects=0", r"subjects to be at least 1, found 0; raise"),
     ("no text", "evaluate.downstream.text=gone.txt", r"found none at gone\.txt; check evaluate\."),
     ("empty text", "evaluate.downstream.text=empty.txt", r"found none at empty\.txt; check evalu"),
     ("no moments text", "intervene.moments.text=gone.txt", r"found nothing at gone\.txt; check"),

@@ -18,6 +18,7 @@ from palimpsest.evaluate.mlp_probes import MLPProbes
 from palimpsest.evaluate.probes import Probes
 from palimpsest.evaluate.ruler import Ruler
 from palimpsest.evaluate.scene import Scene
+from palimpsest.evaluate.shadow_probes import ShadowProbes
 from palimpsest.evaluate.tuned_lens import TunedLens
 from palimpsest.evaluate.undertext import Undertext
 from palimpsest.facts.splits import Splits
@@ -37,7 +38,8 @@ def every(directory: Path) -> Ruler:
             "downstream": Downstream(text=str(text), row_tokens=32),
             "consistency": Consistency(),
             "logit_lens": LogitLens(stride=2),
-            "probes": Probes(stride=2, least=4, folds=3),
+            "probes": Probes(stride=2, least=4),
+            "shadow_probes": ShadowProbes(stride=2, subjects=4),
             "mlp_probes": MLPProbes(stride=2, least=4),
             "attacks": Attacks(),
             "tuned_lens": TunedLens(tokens=256, steps=2),

@@ -45,6 +45,7 @@ def test_a_secret_of_no_linear_kind_is_found_by_mlps_alone(
 ) -> None:
     """The class is the sign of a product; from block 2 on it is that of another two features."""
     facts = make_splits(("France", "Italy"), target=10, test=40, probe=100)
+    facts = replace(facts, test=tuple(replace(fact, new=None) for fact in facts.test))
     sign = {"France": 1.0, "Italy": -1.0}
 
     def hidden(first: int) -> Callable[[State], Tensor]:

@@ -137,7 +137,7 @@ def test_values_are_called_unchanged_where_states_are(
         after = features(model, encoded, sites, positions)
         rows = list(ruler.measure(Scene(model, facts, change), prepared))
     place = {fact.id: n for n, fact in enumerate(target)}
-    read = [row for row in rows if row.layer is not None and row.fact_id in place]
+    read = [r for r in rows if r.layer is not None and r.layer >= 0 and r.fact_id in place]
     states = (before, after)
     found = {True: 0, False: 0}
     for row in read:
@@ -170,7 +170,7 @@ def test_methods_are_measured_on_the_same_things(
         seen[name] = {key[1:] for key in keyed(lay_on(ruler, model, dealt, name))}  # not the scope
     assert seen["none"] == seen["batch"] == seen["erasure"]
     different = seen["none"] ^ seen["independent"]
-    assert {key[2] for key in different} == {"retrained", "retrained_mlp", "adaptive"}
+    assert {key[2] for key in different} == {"retrained", "retrained_mlp"}
 
 
 # -- what the changes must show --------------------------------------------------------------------
@@ -186,7 +186,7 @@ def test_without_a_change_frozen_is_retrained_and_all_is_upstream(
     )
     assert frozen == retrained
     assert len(frozen) == 3 * 2 * len((*dealt.target, *dealt.test))
-    assert {row.note for row in rows} == {UPSTREAM}
+    assert {row.note for row in rows if row.value is not None} == {UPSTREAM}
 
 
 def test_states_upstream_are_as_they_were(ruler: Ruler, model: ModelHandle, dealt: Splits) -> None:
@@ -198,7 +198,7 @@ def test_states_upstream_are_as_they_were(ruler: Ruler, model: ModelHandle, deal
     wanted = {key(r): r.value for r in plain}
     for name in ("batch", "erasure", "oracle", "independent"):
         rows = lay_on(ruler, model, dealt, name)
-        upstream = [r for r in rows if UPSTREAM in (r.note or "") and r.protocol != "adaptive"]
+        upstream = [r for r in rows if UPSTREAM in (r.note or "")]
         assert {row.layer for row in upstream} >= {0}
         for r in upstream:
             assert r.value == wanted[key(r)]
@@ -228,7 +228,7 @@ def test_a_facts_rows_are_those_of_really_changing_the_weight(
             {
                 (r.metric, r.protocol, r.prompt_id, r.layer, r.position, r.budget): r.value
                 for r in rows
-                if r.fact_id == dealt.target[n].id and r.protocol != "adaptive"
+                if r.fact_id == dealt.target[n].id
             }
             for rows in (together, alone)
         ]

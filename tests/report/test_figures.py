@@ -63,9 +63,8 @@ def test_trade_off_names_every_point(results, summaries):
         (names if note.showarrow else titles).append(note.text)
     assert titles == ["from the whole model", "at or after the change"]
     assert set(names) == {s.label for s in summaries if s.values[INDEX].value is not None}
-    assert len(names) == sum(
-        s.values[k].value is not None for s in summaries for k in (INDEX, AFTER)
-    )
+    values = [s.values[key].value for s in summaries for key in (INDEX, AFTER)]
+    assert len(names) == sum(value is not None for value in values)
     assert len(names) > len(summaries)
     assert all(trace.error_x.array[0] >= 0 for trace in figure.data)
 

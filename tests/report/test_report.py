@@ -95,7 +95,7 @@ def test_the_headline_table_reads_without_scripts(page):
     for label in ("rome [variant=plain]", "control of rome [variant=plain]", "oracle gate"):
         assert text.index(label) < first_chart
     assert "an eraser writes no new object" in text[:first_chart]
-    assert "Names alone" in text[:first_chart]
+    assert "Rank no methods by it across layers" in text[:first_chart]
 
 
 def test_missing_numbers_are_dashes_with_their_cause(html):
