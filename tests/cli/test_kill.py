@@ -28,6 +28,8 @@ import glob, json, os, signal, sys, time
 import palimpsest.cli.jobs, palimpsest.experiment, transformers.models.llama.modeling_llama
 from palimpsest.cli import main
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and children inherit that
+
 def written():
     return [os.stat(path).st_mtime_ns for path in glob.glob(place + "/*/run.json")]
 
