@@ -28,7 +28,9 @@ import glob, json, os, signal, sys, time
 import palimpsest.cli.jobs, palimpsest.experiment, transformers.models.llama.modeling_llama
 from palimpsest.cli import main
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and children inherit that
+# Ignored under nohup, or in a shell's background; children inherit that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def written():
     return [os.stat(path).st_mtime_ns for path in glob.glob(place + "/*/run.json")]
