@@ -168,6 +168,8 @@ def read_json(path: Path) -> Any:
         ValueError: it is not UTF-8, not JSON, larger than `LARGEST` bytes or deeper than
             `DEEPEST` levels; the message says which.
     """
+    if path.exists() and not path.is_file():  # to read a pipe would not end
+        raise ValueError("no file")
     with path.open("rb") as file:
         raw = file.read(LARGEST + 1)
     if len(raw) > LARGEST:

@@ -4,6 +4,7 @@ import json
 import time
 from pathlib import Path
 
+import duckdb
 import pytest
 
 from palimpsest.cli import launching
@@ -173,3 +174,19 @@ def test_names_tell_jobs_apart():
     jobs = [("a=1", "b=2", "c=3"), ("a=1", "b=4", "c=3")]
     assert launching.named(jobs) == ["b=2", "b=4"]
     assert launching.named(jobs[:1]) == ["a=1 b=2 c=3"]
+
+
+@pytest.mark.parametrize("damage", ["status", "rows"])
+def test_a_damaged_run_is_not_done(call, few, damage):
+    """Refused as a single job refuses it, and not told as done."""
+    assert call("run", *few, "intervene=none").code == 0
+    [path] = RUNS.glob("*/run.json")
+    if damage == "status":
+        path.write_text(path.read_text().replace('"status": "done"', '"status": "failed"'))
+    else:
+        table = path.with_name("rows.parquet")
+        duckdb.execute(f"CREATE OR REPLACE TEMP TABLE found AS SELECT * FROM '{table}'")
+        duckdb.execute(f"COPY (FROM found UNION ALL FROM found) TO '{table}' (FORMAT parquet)")
+    outcome = call("run", "-m", *few, "intervene=none", "seed=0")
+    assert outcome.code == 2
+    assert "done before" not in outcome.err

@@ -165,3 +165,66 @@ def test_settings_of_place_are_told_from_settings_of_work():
     ruler, places = command._split(["evaluate=quick", "model.path=a=b", "~evaluate.probes"])
     assert (ruler, places) == (["evaluate=quick", "~evaluate.probes"], {"model.path": "a=b"})
     assert json.dumps(places)
+
+
+# -- results of somebody else ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def theirs(done, tmp_path):
+    """A finished run that came from elsewhere: its directory, and a change of its run.json."""
+    place = tmp_path / "theirs" / done["none"].path.name
+    shutil.copytree(done["none"].path, place)
+
+    def alter(change) -> Path:
+        run = json.loads((place / "run.json").read_text())
+        change(run)
+        (place / "run.json").write_text(json.dumps(run))
+        return place
+
+    return alter
+
+
+def test_a_run_json_makes_no_model_run_its_own_code(call, theirs, monkeypatch):
+    place = theirs(lambda run: run["config"]["model"].update(trust_remote_code=True))
+    made = []
+    monkeypatch.setattr(command, "parts_of", lambda config: made.append(config) or {})
+    with pytest.raises(KeyError):
+        command._further(place, run_of(place), command.composed([]).evaluate, {}, False)
+    assert made[0].model.trust_remote_code is False
+
+
+def test_a_run_json_names_no_class_of_somebodys(call, theirs):
+    place = theirs(lambda run: run["config"]["facts"].update(_target_="os.system", command="true"))
+    outcome = call("measure", place, "evaluate=full")
+    assert outcome.code == 2
+    assert "expected classes of palimpsest" in outcome.err
+    assert "found 'os.system'; if the code of that name is yours, give --own-classes" in outcome.err
+
+
+@pytest.mark.parametrize("name", ["../../outside/x", "another"])
+def test_a_run_is_measured_in_its_own_directory_alone(call, theirs, tmp_path, name):
+    place = theirs(lambda run: run.update(run_id=name))
+    before = set(tmp_path.rglob("*"))
+    outcome = call("measure", place, "evaluate=full")
+    assert outcome.code == 2
+    assert f"expected the directory of run {name!r} to bear its name" in outcome.err
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_foreign_run_is_passed_over_and_told(call, few, theirs):
+    place = theirs(lambda run: None)
+    foreign = place.parent / "0000000000ff"
+    shutil.copytree(place, foreign)
+    run = json.loads((foreign / "run.json").read_text())
+    (foreign / "run.json").write_text(json.dumps({**run, "run_id": foreign.name, "config": None}))
+    outcome = call("measure", place.parent, *[word for word in few if "evaluate" in word])
+    assert outcome.code == 0
+    assert f"passed over: {foreign}: expected the configuration" in outcome.err + outcome.out
+
+
+@pytest.mark.parametrize("value", ["[a", "{a: *x}"])
+def test_a_setting_that_is_no_yaml_is_one_line(call, theirs, value):
+    outcome = call("measure", theirs(lambda run: None), f"model.path={value}")
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1

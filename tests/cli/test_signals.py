@@ -46,6 +46,20 @@ def sending(number, times=1):
     return method
 
 
+@pytest.fixture(autouse=True)
+def usual_signals():
+    """As in a terminal: under nohup, or in a shell's background, some are ignored."""
+    usual = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 # -- a run -----------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,9 @@
 """Measures know nothing of each other: each tells alone what it tells among all others."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -282,3 +284,9 @@ def test_a_measure_leaves_the_model_as_it_was(facts: Splits, tmp_path: Path) -> 
         after = model.model.state_dict()
         assert all(torch.equal(after[key], tensor) for key, tensor in before.items()), name
         assert model.changes == [], name
+
+
+def test_a_class_of_the_users_own_is_never_ours() -> None:
+    """Two classes of one name have two keys."""
+    theirs = type("Consistency", (Consistency,), {"__module__": "mine"})
+    assert measure_key(theirs()) != measure_key(Consistency())

@@ -5,7 +5,13 @@ import string
 
 import pytest
 
-from palimpsest.record.redact import credentials, is_secret_key, one_line, redacted
+from palimpsest.record.redact import (
+    credentials,
+    environment_secrets,
+    is_secret_key,
+    one_line,
+    redacted,
+)
 
 
 @pytest.mark.parametrize(
@@ -18,6 +24,11 @@ from palimpsest.record.redact import credentials, is_secret_key, one_line, redac
         "api_key=hunter2",
         "?token=hunter2&x=1",
         "https://me:hunter2@host",
+        "dckr_pat_0123456789abcdefghijklmn",
+        "ya29.a0AfH6SMBx0123456789abcdefgh",
+        "https://hooks.slack.com/services/T0000/B0000/XXXX",
+        "k3j9x2m7q4w8e1r5t6y0u3i8o2p7a4s9d1f6",
+        "Q5ZK2M7XR3TN6WB4YH2DJ5PC7VF3LG6S",
     ],
 )
 def test_credentials_are_replaced(secret):
@@ -93,3 +104,17 @@ def test_words_in_a_text_are_replaced_and_paths_are_not():
     assert one_line(text) == (
         f"cannot take [redacted], nor '[redacted]'; see /tmp/{word}/a and {word}.json"
     )
+
+
+def test_a_name_that_only_begins_as_a_secrets_does_is_none(monkeypatch):
+    for name in ("TOKENIZER_NAME", "KEYBOARD_LAYOUT", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, "gpt2-medium")
+    assert "gpt2-medium" not in environment_secrets()
+    for name in ("WANDB_API_KEY", "OPENAI_APIKEY", "HF_TOKEN", "DB_PASSWORD", "GH_PAT"):
+        monkeypatch.setenv(name, f"hunter2-{name}")
+        assert f"hunter2-{name}" in environment_secrets()
+
+
+def test_a_measures_key_is_no_secret():
+    told = "two rows with measure_key='03e3feaf9243'"
+    assert one_line(told) == told

@@ -1,6 +1,7 @@
 """One damaged directory among results is passed over and told; the others are read."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from palimpsest.errors import RequestError
 from palimpsest.locks import held
 from palimpsest.record.results import Results, load_runs
 from palimpsest.record.row import Row
-from palimpsest.record.store import RunStore
+from palimpsest.record.store import RunStore, finished_runs
 
 ABOUT = {"scope": "fact", "axis": "downstream", "metric": "efficacy", "protocol": "argmax"}
 
@@ -52,6 +53,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a million brackets": (text("[" * 1_000_000), "cannot read"),
     "no text": (lambda run: (run / "run.json").write_bytes(b"\xff\xfe\x00"), "cannot read"),
     "a list for a model": (lambda run: rewritten(run, model=["m"]), "expected model"),
+    "a seed of another kind": (lambda run: rewritten(run, seed={"a": 1}), "kind of value in seed"),
+    "a site without a layer": (lambda run: rewritten(run, site={"layer": "x"}), "value in site"),
+    "a number for sizes": (lambda run: rewritten(run, facts={"sizes": 3}), "in facts.sizes"),
+    "a number for requests": (lambda run: rewritten(run, requests=5), "value in requests"),
+    "numbers for measures": (lambda run: rewritten(run, measures={"a": 5}), "value in measures"),
+    "lists for measures": (lambda run: rewritten(run, measures={"a": [[1]]}), "in measures"),
     "schema 1": (lambda run: rewritten(run, schema=1), "run the sweep again"),
     "a newer schema": (lambda run: rewritten(run, schema=99), "a newer version"),
     "not done": (lambda run: rewritten(run, status="running"), "expected status 'done'"),
@@ -141,3 +148,21 @@ def test_a_run_that_died_is_told_from_one_that_lives(tmp_path):
     assert [(run["run_id"], run["status"]) for run in found] == [
         ("aa0000000001", "died"), ("bb0000000002", "running"),
     ]  # fmt: skip
+
+
+def test_a_pipe_in_a_files_place_is_passed_over(tmp_path: Path) -> None:
+    """To read it would never end."""
+    finished(tmp_path)
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "run.json")
+    found = Results.open(tmp_path)
+    assert len(found.runs) == 1
+    assert "no file" in found.passed_over[0].cause
+
+
+def test_what_says_that_it_is_not_done_answers_no_request(tmp_path: Path) -> None:
+    run = finished(tmp_path)
+    rewritten(run, requests=["r"])
+    assert list(finished_runs(tmp_path)) == ["r"]
+    rewritten(run, requests=["r"], status="failed")
+    assert finished_runs(tmp_path) == {}

@@ -191,6 +191,9 @@ def _add_measure(commands: Commands) -> None:
         "overrides", nargs="*", metavar="KEY=VALUE", help="evaluate=..., model.path=..."
     )
     parser.add_argument("--config-dir", metavar="DIR", help="add configuration of your own")
+    parser.add_argument(
+        "--own-classes", action="store_true", help="make classes outside palimpsest that runs name"
+    )
     parser.set_defaults(call=_measure)
 
 

@@ -20,6 +20,7 @@ _OVERRIDE = re.compile(r"[+~]*([^=\s]+)=(.*)", re.DOTALL)
 _INNER_KEY = re.compile(r"""[{,]\s*['"]?([\w.-]+)['"]?\s*:\s*([^,}\]]*)""")
 _HARMLESS = re.compile(r"['\"]?(|null|none|true|false|\d{1,3})['\"]?", re.IGNORECASE)
 _PLACES = ("--config-dir", "-cd", "--config-path", "-cp")
+_SEARCHED = re.compile(r"file://([^\]\s,'\"]+)")
 
 
 def admitted(words: Sequence[str]) -> list[str]:
@@ -38,7 +39,7 @@ def admitted(words: Sequence[str]) -> list[str]:
                 f"expected at most {DEEPEST} brackets within each other, found more in "
                 f"{visible(word[:40])}…; simplify the value"
             )
-    for place in _directories(found) if hydra else ():
+    for place in _directories(found):
         _check_directory(place)
     return found
 
@@ -102,8 +103,10 @@ def _directories(words: Sequence[str]) -> Iterator[Path]:
     """Directories of the user's own configuration."""
     for place, word in enumerate(words):
         flag, equals, value = word.partition("=")
-        if flag in _PLACES:
+        if flag in _PLACES or (flag.startswith("--c") and _PLACES[0].startswith(flag)):
             yield Path(value if equals else "".join(words[place + 1 : place + 2]) or ".")
+        elif "hydra.searchpath" in flag:
+            yield from map(Path, _SEARCHED.findall(value))
 
 
 def _check_directory(place: Path) -> None:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from palimpsest.cli.launching import Grid, Outcome, Planned, Work, grid
 from palimpsest.cli.words import explained, say
 from palimpsest.record.redact import one_line
-from palimpsest.record.store import finished_runs, run_of
+from palimpsest.record.store import check_earlier, finished_runs, run_of
 from palimpsest.sweep import plan as manifest
 
 Of = Callable[[DictConfig], Any]
@@ -74,7 +74,10 @@ def _looking(of: Of) -> Callable[[DictConfig], tuple[Wanted, Path | None]]:
         if place not in runs:
             runs[place] = finished_runs(place)
         wanted = Wanted(place, experiment.request, tuple(sorted(experiment.keys.items())))
-        return wanted, wanted.found(runs[place])
+        done = wanted.found(runs[place])
+        if done is not None:
+            check_earlier(done)
+        return wanted, done
 
     return look
 

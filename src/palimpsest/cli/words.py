@@ -86,6 +86,10 @@ class Parser(argparse.ArgumentParser):
 
     intermixed = False
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        """A parser that takes no shortened flags: what looks at words early must know them all."""
+        super().__init__(*args, **{"allow_abbrev": False, **options})
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse what is known."""
         if not self.intermixed:

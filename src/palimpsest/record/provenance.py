@@ -80,12 +80,18 @@ def describe(value: Any) -> Any:
             for f in dataclasses.fields(value)
             if f.metadata.get("identity", True)
         }
-        return {"type": type(value).__name__, **fields}
+        return {"type": _type_name(type(value)), **fields}
     if isinstance(value, Mapping):
         return {str(key): describe(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [describe(item) for item in value]
     return value
+
+
+def _type_name(kind: type) -> str:
+    """The name of a class of ours; of any other with its module, so that no two are one."""
+    ours = kind.__module__.partition(".")[0] == __name__.partition(".")[0]
+    return kind.__name__ if ours else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _content(name: str, value: Any) -> Any:

@@ -5,7 +5,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-_SECRET_NAME = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
+_SECRET_NAME = re.compile(
+    r"(?:^|_)(?:[a-z]*key|[a-z]*token|secret|passw\w*|passphrase|credential|pat)s?(?:_|$)",
+    re.IGNORECASE,
+)
 """Environment variables of such names hold secrets."""
 
 _KEY = re.compile(
@@ -33,7 +36,8 @@ _CREDENTIALS = re.compile(
     | \bAIza[\w-]{30,}
     | \bnpm_[a-z0-9]{30,} | \bpypi-(?=[\w-]*\d)[\w-]{32,}
     | \bwandb_v1_\w{16,}
-    | \b(?:gsk_|nvapi-|r8_|dop_v1_|hvs\.)[\w-]{24,}
+    | \b(?:gsk_|nvapi-|r8_|dop_v1_|hvs\.|dckr_pat_|ya29\.)[\w-]{24,}
+    | (?<=hooks\.slack\.com/services/)[\w/]+
     | \beyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]*)?                 # JSON Web Tokens
     | -----BEGIN\ [A-Z0-9\ ]+-----(?:.*?-----END\ [A-Z0-9\ ]+-----|.*)  # keys in PEM
     """,
@@ -43,7 +47,7 @@ _SECRETS = re.compile(
     r"""
     \b[0-9a-f]{40}\b                                         # a wandb API key
     | (?<=bearer\ )\S+
-    | (?:(?<=key=)|(?<=token=)|(?<=secret=)|(?<=password=))[^\s&]+
+    | (?:(?<=key=)(?<!measure_key=)|(?<=token=)|(?<=secret=)|(?<=password=))[^\s&]+
     """,
     re.IGNORECASE | re.VERBOSE,
 )
@@ -52,6 +56,7 @@ _WORD = re.compile(r"(?<![\w/\\.~+-])[\w+-]{24,}(?![\w/\\]|\.\w)", re.ASCII)
 
 _RUN = re.compile(r"[A-Za-z0-9]{16,}")
 _PIECE = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+")
+_HEXADECIMAL = re.compile(r"[0-9a-fA-F]+")
 _READABLE = re.compile(r"[A-Z]?[a-z]{3,}")
 
 _LIMIT = 500
@@ -114,11 +119,13 @@ def is_random(word: str) -> bool:
 
 def _alternates(run: str) -> bool:
     digits = sum(map(str.isdigit, run))
-    if not digits or run.upper() == run or run.lower() == run:
+    one_case = run in (run.upper(), run.lower())
+    if not digits or (one_case and (len(run) < 30 or _HEXADECIMAL.fullmatch(run))):
         return False
     readable = sum(map(len, _READABLE.findall(run)))
     pieces = len(_PIECE.findall(run))
-    return len(run) < 2.6 * pieces and readable < 0.45 * len(run) and digits < 0.35 * len(run)
+    few_digits = digits < (0.6 if one_case else 0.35) * len(run)
+    return len(run) < 2.6 * pieces and readable < 0.45 * len(run) and few_digits
 
 
 def environment_secrets() -> list[str]:

@@ -270,7 +270,36 @@ def read_run(path: Path) -> dict[str, Any]:
     for name in _TABLES:
         if not isinstance(run.get(name) or {}, Mapping):
             raise unreadable(path / "run.json", f"expected {name} to be an object or null")
+    _check_values(run, path / "run.json")
     return run
+
+
+def _check_values(run: Mapping[str, Any], file: Path) -> None:
+    """Refuse a run.json whose values are not what is read of them.
+
+    Raises:
+        RequestError: names the key.
+    """
+    site, measures = run.get("site"), run.get("measures")
+    sizes = (run.get("facts") or {}).get("sizes")
+    sound = {
+        "seed": isinstance(run.get("seed"), int | None),
+        "site": not site or (type(site.get("layer")) is int and isinstance(site.get("part"), str)),
+        "facts.sizes": isinstance(sizes, Mapping | None),
+        "requests": _are_texts(run.get("requests")),
+        "measures": isinstance(measures, Mapping | None)
+        and all(map(_are_texts, (measures or {}).values())),
+    }
+    for name, right in sound.items():
+        if not right:
+            raise unreadable(file, f"another kind of value in {name} than a run writes")
+
+
+def _are_texts(value: Any) -> bool:
+    """Whether it is a list, or the keys of an object, of texts; or null."""
+    return value is None or (
+        isinstance(value, list | Mapping) and all(isinstance(item, str) for item in value)
+    )
 
 
 def check_schema(run: Mapping[str, Any], path: Path) -> None:

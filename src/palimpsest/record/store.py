@@ -92,7 +92,7 @@ def finished_runs(directory: Path) -> dict[str, list[tuple[Path, Taken]]]:
     found: dict[str, list[tuple[Path, Taken]]] = {}
     for path in sorted(directory.glob("*/run.json")):
         run = run_of(path.parent)
-        if run is not None and is_done(path.parent):
+        if run is not None and run["status"] == "done" and is_done(path.parent):
             for request in run.get("requests") or ():
                 found.setdefault(str(request), []).append((path.parent, measured(run)))
     return found
