@@ -14,7 +14,7 @@ BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # Two test processes with one thread each; no test asks a model hub for anything.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help demo test lint docs bench bench-gpu clean
+.PHONY: help demo test lint docs bench bench-gpu simulate clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 12
@@ -38,6 +38,9 @@ bench: $(VENV)/.installed ## time the phases that matter; COUNTERFACT=file, THRE
 	$(PYTHON) -m benchmarks.bench $(if $(COUNTERFACT),--counterfact $(COUNTERFACT)) \
 	    $(if $(THREADS),--threads $(THREADS)) $(if $(ONLY),--only $(ONLY))
 	$(if $(ONLY),,$(PYTHON) -m benchmarks.report)
+
+simulate: $(VENV)/.installed ## how often the intervals hold the truth: the tables of docs/statistics.md
+	$(PYTHON) -m benchmarks.simulate
 
 bench-gpu: $(VENV)/.installed ## seconds per edit on a GPU at the sizes of GPT-2 XL and GPT-J
 	$(PYTHON) -m benchmarks.gpu

@@ -54,7 +54,7 @@ def test_the_page_loads_nothing(page):
     for tag, attributes in page.tags:
         assert not loading & attributes.keys()
         assert tag not in ("link", "iframe", "img", "object", "embed", "base")
-        assert attributes.get("href") in (None, "report.csv", "report.tex")
+        assert attributes.get("href") in (None, "report.csv", "report.tex", "recoverable.tex")
     policy = next(a["content"] for _, a in page.tags if "http-equiv" in a)
     assert policy.startswith("default-src 'none'")
 

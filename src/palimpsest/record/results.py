@@ -284,7 +284,7 @@ def _check_values(run: Mapping[str, Any], file: Path) -> None:
     sizes = (run.get("facts") or {}).get("sizes")
     sound = {
         "seed": isinstance(run.get("seed"), int | None),
-        "site": not site or (type(site.get("layer")) is int and isinstance(site.get("part"), str)),
+        "site": not site or type(site.get("layer")) is int,
         "facts.sizes": isinstance(sizes, Mapping | None),
         "requests": _are_texts(run.get("requests")),
         "measures": isinstance(measures, Mapping | None)
