@@ -241,7 +241,7 @@ def test_a_key_that_the_class_takes_may_be_added(call, few, tmp_path):
     ("ridge", "intervene=emmet intervene.ridge=-1", r"ridge to be a finite number of 0 or more, f"),
     ("threshold", "intervene=alphaedit intervene.threshold=nan", r"threshold to be a finite numbe"),
     ("ridge of AlphaEdit", "intervene=alphaedit intervene.ridge=0", r"ridge to be a finite number"),
-    ("tolerance", "intervene=leace intervene.svd_tol=-1", r"svd_tol to be a finite number of 0 or"),
+    ("tolerance", "intervene=leace intervene.svd_tol=0", r"svd_tol to be a finite number above 0"),
     ("penalty", "evaluate.probes.strengths=[0]", r"strengths to be a finite number abo"),
     ("contexts", "contexts=-1", r"intervene\.prefixes\.count to be at least 0, found -1; raise"),
     ("length of contexts", "intervene.prefixes.lengths=[5,0]", r"at least 1, found 0; raise"),
@@ -294,7 +294,7 @@ def test_hydra_s_own_directory_cannot_be_made(call, few):
     ),
     (
         "one class for LEACE",
-        "intervene=leace facts.fit=0 facts.limit=1",
+        "intervene=leace facts.fit=1",
         r"^expected at least two classes .* for an eraser, found 1 over 1 facts; raise facts\.fit",
     ),
     (

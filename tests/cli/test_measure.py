@@ -33,8 +33,9 @@ METHODS = {
 
 @pytest.fixture
 def quick(few):
-    """Overrides of a run with the measures of `quick`."""
-    return [word for word in few if not word.startswith("~")] + ["evaluate=quick"]
+    """Overrides of a run with the measures of `quick`, as `full` has them."""
+    words = [word for word in few if not word.startswith("~")]
+    return [*words, "evaluate=quick", "evaluate.shadow_probes.subjects=20"]
 
 
 def rows(directory: Path) -> dict[tuple, tuple]:

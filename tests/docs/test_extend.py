@@ -119,7 +119,13 @@ def test_a_ruler_of_one_s_own_and_finished_runs_measured_further(written, call, 
         if name == "again":
             further += [f"{added}entropy=entropy"]
         outcome = call(
-            "measure", "results/runs", "--config-dir", "conf", "evaluate=quick", *further
+            "measure",
+            "results/runs",
+            "--config-dir",
+            "conf",
+            "--own-classes",
+            "evaluate=quick",
+            *further,
         )
         assert outcome.code == 0, outcome.err
         if name == "entropy":

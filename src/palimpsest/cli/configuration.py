@@ -32,7 +32,7 @@ KEYS = {
         *("seed", "protocol", "objective", "contexts"),
     ),
     "trace": ("model", "facts", "tracing", "record", "seed", "split"),
-    "measure": ("model", "facts", "evaluate", "record", "seed"),
+    "measure": ("model", "facts", "intervene", "evaluate", "record", "seed"),
 }
 """What the configuration of each command is made of."""
 

@@ -14,6 +14,7 @@ class RRome(Rome):
     """ROME with the mean key wherever ROME's public code puts the bare prompt's.
 
     `W' = W + (v* − W k̄) uᵀ / (uᵀ k̄)`, u = C⁻¹k̄, v* as ROME finds it: the equation of ROME's paper.
+    It is the formula of the r-ROME paper, and no copy of its authors' code.
     ROME's code divides by uᵀk with the bare prompt's k, and where u and k hardly meet one edit is
     large enough to break a model.
     """

@@ -31,10 +31,10 @@ class Leace(Eraser):
         """Check the tolerance too.
 
         Raises:
-            RequestError: it is negative, or as of `Eraser`.
+            RequestError: it is not above 0, or as of `Eraser`.
         """
         super().__post_init__()
-        check_number("intervene.svd_tol", self.svd_tol, least=0)
+        check_number("intervene.svd_tol", self.svd_tol, above=0)
 
     @property
     def imitates(self) -> "Leace | None":
