@@ -86,9 +86,8 @@ PRESETS = {
 }
 """Files of a class that another file stands for; they name other values on purpose."""
 
-CHOSEN = {
-    "evaluate.shadow_probes.subjects",  # quick takes few"facts.relations"}
-"""Whose value in a file is one choice among the class's, which has none."""
+CHOSEN = {"facts.relations", "evaluate.shadow_probes.subjects"}
+"""Whose value in a file is one choice among the class's, which has none; `quick` takes few."""
 
 PLAIN = [
     each for each in OPTIONS

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from palimpsest.errors import RequestError, check_at_least
+from palimpsest.errors import RequestError, check_at_least, check_number
 from palimpsest.facts.fact import Fact
 from palimpsest.facts.splits import Splits
 from palimpsest.intervene.changes.composition import Composition, joined
@@ -98,6 +98,7 @@ class Targeted(ValueEditor):
         check_at_least("intervene.below", self.below, 0)
         check_at_least("intervene.above", self.above, 0)
         check_at_least("intervene.stride", self.stride, 1)
+        check_number("intervene.svd_tol", self.svd_tol, above=0)
         if self.search.objective not in ("inject", "erase"):
             raise RequestError(
                 "expected objective inject or erase for a targeted edit, which cancels the old "

@@ -60,7 +60,7 @@ def erased(affine: Affine, states: Tensor, labels: Tensor) -> Affine:
     if not residual < RESIDUAL_LIMIT:
         raise RequestError(
             f"expected LEACE to leave a relative cross-covariance below {RESIDUAL_LIMIT:.0e} "
-            f"on its fit sample, found {residual:.1e}; lower intervene.svd_tol"
+            f"on its fit sample, found {residual:.1e}; lower intervene.svd_tol, which stays above 0"
         )
     return affine
 
