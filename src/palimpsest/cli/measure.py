@@ -155,12 +155,7 @@ def _further(
             "name it so"
         )
     try:
-        config = OmegaConf.create({name: (run.get("config") or {})[name] for name in _PARTS})
-        config.evaluate = evaluate
-        config.record.dir = str(path.parent)
-        config.model.trust_remote_code = False
-        for key, value in places.items():
-            OmegaConf.update(config, key, value)
+        config = _configured(path, run, evaluate, places)
         if not own_classes:
             _check_ours(path, config)
         parts = parts_of(check_config(config, "measure"))
@@ -179,3 +174,20 @@ def _further(
         parts["record"],
         parts["seed"],
     )
+
+
+def _configured(
+    path: Path, run: dict[str, Any], evaluate: DictConfig, places: dict[str, Any]
+) -> DictConfig:
+    """The run's own configuration with the new ruler, where things are on this machine.
+
+    Raises:
+        KeyError: a part is missing.
+    """
+    config = OmegaConf.create({name: (run.get("config") or {})[name] for name in _PARTS})
+    config.evaluate = evaluate
+    config.record.dir = str(path.parent)
+    config.model.trust_remote_code = False
+    for key, value in places.items():
+        OmegaConf.update(config, key, value)
+    return config

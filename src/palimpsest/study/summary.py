@@ -11,7 +11,7 @@ from palimpsest.study.columns import NOT_MEASURED, headline
 from palimpsest.study.comparable import compared
 from palimpsest.study.intervals import Estimate, estimates
 from palimpsest.study.labels import labels
-from palimpsest.study.recoverable import ZONES, profiles
+from palimpsest.study.recoverable import FAMILIES, ZONES, families, profiles
 from palimpsest.study.samples import picked, samples
 from palimpsest.study.table import Cell, Line
 
@@ -130,7 +130,7 @@ def summarise(results: Results) -> tuple[Summary, ...]:
 def details(results: Results) -> list[Detail]:
     """Every measured quantity that is not a curve over layers, averaged over facts.
 
-    What is recoverable, zone by zone, leads them.
+    What is recoverable, zone by zone and by each family of attacks, leads them.
     """
     order = {axis: place for place, axis in enumerate(_AXES)}
     found = estimates(samples(results, _quantities(results), _QUANTITY))
@@ -150,12 +150,14 @@ def details(results: Results) -> list[Detail]:
 
 
 def _profiles(results: Results, runs: Sequence[str]) -> Iterator[Detail]:
-    """What is recoverable upstream of each run's change, at its site, downstream, and by asking."""
-    found = profiles(results)
-    for zone in ZONES:
-        values = tuple(found.get(run, {}).get(zone) for run in runs)
-        if any(values):
-            yield Detail("recoverability", "recoverable_old", "index", zone, values)
+    """What is recoverable in each zone of a run's change, and by each family of attacks."""
+    parts = ((ZONES, profiles(results), "{}"), (FAMILIES, families(results), "by {} alone"))
+    for names, found, place in parts:
+        for name in names:
+            values = tuple(found.get(run, {}).get(name) for run in runs)
+            if any(values):
+                told = place.format(name)
+                yield Detail("recoverability", "recoverable_old", "index", told, values)
 
 
 _AXES = ("downstream", "recoverability", "consistency", "localization", "cost")
