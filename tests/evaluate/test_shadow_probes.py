@@ -13,7 +13,7 @@ from palimpsest.errors import RequestError
 from palimpsest.evaluate import shadow_probes
 from palimpsest.evaluate.probes import Probes
 from palimpsest.evaluate.scene import Scene, Shadow
-from palimpsest.evaluate.shadow_probes import NO_SHADOW, ShadowProbes
+from palimpsest.evaluate.shadow_probes import FAILED, NO_SHADOW, ShadowProbes
 from palimpsest.facts.fact import Fact
 from palimpsest.facts.splits import Splits
 from palimpsest.model.handle import ModelHandle
@@ -151,6 +151,15 @@ def test_subjects_that_the_method_failed_on_train_nothing(
     assert share(judged(rows, "shadow", "target")) == 1.0
     [count] = of(rows, "probe_subjects", "shadow")
     assert count.value == len(facts.probe) - len(kept)
+
+
+def test_where_the_method_fails_on_all_but_one_class_there_is_a_null(
+    model: ModelHandle, facts: Splits, plant: Plant
+) -> None:
+    failed = {fact.id: "no finite loss" for fact in facts.probe if fact.true != "Italy"}
+    attacker = Attacker(replace(INDEPENDENT, failed=failed))
+    [row] = attacked(model, facts, plant, plain, attacker)
+    assert (row.value, row.note) == (None, FAILED)
 
 
 def test_what_the_name_tells_already_is_no_gain(

@@ -260,6 +260,9 @@ def removed(run: Run) -> Estimate:
 
 def recoverable_beyond(run: Run, other: Run) -> Estimate:
     """By how much the index of one run exceeds another's, like for like and fact by fact."""
+    for each in (run, other):
+        if recoverable(each).value is None:
+            return Estimate(None, note=recoverable(each).note)
     rows = [successes(each) for each in (run, other)]
     shared = set.intersection(*({_place(row)[1:] for row in some} for some in rows))
     alike = [[row for row in some if _place(row)[1:] in shared] for some in rows]
@@ -270,7 +273,8 @@ def recoverable_beyond(run: Run, other: Run) -> Estimate:
             return common
         facts.append(common)
     both = sorted({*facts[0]} & {*facts[1]})
-    lacking = len({*facts[0]} | {*facts[1]}) - len(both)
+    told = {row.fact_id for some in alike for row in some if row.value is not None}
+    lacking = len(told) - len(both)
     if len(both) < LEAST:
         return Estimate(None, note=f"fewer than {LEAST} facts have a value on both sides")
     sides = [_told(attacks(r, s), s, both) for r, s in zip((run, other), alike, strict=True)]

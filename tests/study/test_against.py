@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def test_only_facts_with_both_values_count(tmp_path: Path) -> None:
     other = {"f00": 0.0, "f01": 1.0, "f02": 0.0}
     found = contrast(PARAPHRASE, *pair(tmp_path, said(one), said(other)))
     assert (found.value, found.n) == (0.5, 2)
-    assert found.note == "facts with a value on one side only are left out: 2"
+    assert found.note == "facts without a value on both sides are left out: 2"
     nothing = contrast(PARAPHRASE, *pair(tmp_path / "none", said(one), said({"f02": 0.0})))
     assert (nothing.value, nothing.note) == (None, "no fact has a value on both sides")
     missing = contrast(PARAPHRASE, *pair(tmp_path / "null", said(one), said({"f02": None})))
@@ -129,28 +130,34 @@ def test_the_index_is_compared_fact_by_fact(tmp_path: Path) -> None:
     assert same.low < 0 < same.high
 
 
+def attacked(path: Path, *rows: Iterable[Row], lacking: str = "logit_lens") -> Run:
+    """A run with weak attacks of every other family."""
+    return run_of(path, weak(lacking), *rows)
+
+
 def test_only_places_that_were_read_on_both_sides_are_compared(tmp_path: Path) -> None:
     """One was also read at layer 6, where all is found: that says nothing of the two methods."""
-    both = attack("logit_lens", share(0.5), 0.0, layer=24)
+    rows = list(attack("logit_lens", share(0.5), 0.0, layer=24))
     more = attack("logit_lens", share(1.0), 0.0, layer=6)
-    rows = list(both)
-    one, other = run_of(tmp_path / "a", rows, more), run_of(tmp_path / "b", rows)
+    one, other = attacked(tmp_path / "a", rows, more), attacked(tmp_path / "b", rows)
     assert recoverable_beyond(one, other).value == 0.0
 
 
 def test_states_before_the_change_count_on_both_sides(tmp_path: Path) -> None:
     """A change at layer 9 that does nothing is no better than no change."""
-    below = attack("logit_lens", share(1.0), 0.0, layer=6, note=UPSTREAM)
+    below = list(attack("logit_lens", share(1.0), 0.0, layer=6, note=UPSTREAM))
     above = list(attack("logit_lens", share(0.5), 0.0, layer=24))
     untouched = [replace(row, note=UPSTREAM) for row in above]
-    below = list(below)
-    none, nothing = run_of(tmp_path / "a", below, untouched), run_of(tmp_path / "b", below, above)
+    none = attacked(tmp_path / "a", below, untouched)
+    nothing = attacked(tmp_path / "b", below, above)
     assert recoverable_beyond(nothing, none).value == 0.0
 
 
 def test_two_methods_below_chance_do_not_differ(tmp_path: Path) -> None:
-    one, other = (run_of(tmp_path / name, attack("few_shot", share(s), 0.8))
-                  for name, s in (("a", 0.5), ("b", 0.25)))  # fmt: skip
+    one, other = (
+        attacked(tmp_path / name, attack("few_shot", share(s), 0.8), lacking="few_shot")
+        for name, s in (("a", 0.5), ("b", 0.25))
+    )
     found = recoverable_beyond(one, other)
     assert found.value == 0.0
     assert found.low <= 0 <= found.high
@@ -158,23 +165,34 @@ def test_two_methods_below_chance_do_not_differ(tmp_path: Path) -> None:
 
 def test_a_failed_fact_is_left_out_of_the_index_on_both_sides(tmp_path: Path) -> None:
     hits = share(0.5)
-    one = run_of(tmp_path / "a", attack("few_shot", hits, 0.0))
     rest = {fact: hits[fact] for fact in FACTS[1:]}
-    other = run_of(tmp_path / "b", attack("few_shot", rest, 0.0))
+    one, other = (
+        attacked(tmp_path / name, attack("few_shot", some, 0.0), lacking="few_shot")
+        for name, some in (("a", hits), ("b", rest))
+    )
     found = recoverable_beyond(one, other)
     assert (found.value, found.n) == (0.0, 23)
-    assert found.note == "facts with a value on one side only are left out: 1"
+    assert found.note == "facts without a value on both sides are left out: 1"
 
 
 def test_an_index_of_other_facts_is_not_compared(tmp_path: Path) -> None:
     hits = share(0.5)
     first, last = ({fact: hits[fact] for fact in some} for some in (FACTS[:14], FACTS[10:]))
-    one = run_of(tmp_path / "a", attack("few_shot", first, 0.0))
-    other = run_of(tmp_path / "b", attack("few_shot", last, 0.0))
+    one, other = (
+        attacked(tmp_path / name, attack("few_shot", some, 0.0), lacking="few_shot")
+        for name, some in (("a", first), ("b", last))
+    )
     assert recoverable_beyond(one, other).note == "fewer than 6 facts have a value on both sides"
-    few = run_of(tmp_path / "c", attack("few_shot", {"f00": 1.0}, 0.0))
-    assert recoverable_beyond(one, few).note == "fewer than 6 facts with a value"
-    assert recoverable_beyond(few, one).value is None
+
+
+def test_what_has_no_index_has_no_difference(tmp_path: Path) -> None:
+    """A family of attacks is missing on one side: nothing is said of the other places."""
+    whole_one = attacked(tmp_path / "a", attack("logit_lens", share(0.5), 0.0, layer=9))
+    lacking = run_of(tmp_path / "b", attack("logit_lens", share(0.5), 0.0, layer=9))
+    for pair_ in ((whole_one, lacking), (lacking, whole_one)):
+        found = recoverable_beyond(*pair_)
+        assert found.value is None
+        assert "frozen probes: not measured" in found.note
 
 
 # -- the runs --------------------------------------------------------------------------------------

@@ -146,6 +146,12 @@ def test_a_place_with_few_values_takes_no_facts_with_it(tmp_path: Path) -> None:
     assert "2 lenses" in found.place
 
 
+def test_a_family_with_values_for_few_facts_leaves_no_index(tmp_path: Path) -> None:
+    few = probe(dict.fromkeys(FACTS[:5], 1.0), 9, protocol="shadow")
+    found = whole(run_of(tmp_path, weak("shadow"), few))
+    assert (found.value, found.note) == (None, "shadow probes: not measured")
+
+
 @pytest.mark.parametrize(
     ("lacking", "family"),
     zip(("frozen", "shadow", "logit_lens", "few_shot"), FAMILIES, strict=True),

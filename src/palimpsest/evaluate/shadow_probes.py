@@ -35,6 +35,7 @@ from palimpsest.model.handle import ModelHandle
 from palimpsest.record.row import Row
 
 NO_SHADOW = "the method cannot be carried out anew here"
+FAILED = "the method failed on nearly all probe subjects"
 TOO_FEW = "fewer than {} probe subjects a class"
 
 
@@ -148,6 +149,9 @@ class ShadowProbes(Read):
         for relation, (sample, _) in some.items():
             kept = [n for n in changed if facts[n].relation == relation]
             trained = sum(facts[n] in sample for n in kept)
+            if len({facts[n].true for n in kept[:trained]}) < 2:
+                causes[relation] = FAILED
+                continue
             found = {where: state[kept] for where, state in states.items()}
             samples[relation] = Sample([facts[n] for n in kept], trained, found, names[kept])
         return samples, causes

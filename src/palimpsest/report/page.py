@@ -164,7 +164,7 @@ def laid(table: Table) -> Laid:
     """A table laid out for the page."""
     places = [place for place, heading in enumerate(table.headings) if not heading.data]
     headings = [table.headings[place] for place in places]
-    footnotes = _footnotes(table)
+    footnotes = _footnotes(table, places)
     firsts = {k for k, h in enumerate(headings) if k and h.group != headings[k - 1].group}
     lines = []
     for line in table.lines:
@@ -187,12 +187,14 @@ def _groups(table: Table, headings: Sequence[Heading]) -> list[tuple[str, str, i
     return found if any(name for name, _, _ in found) else []
 
 
-def _footnotes(table: Table) -> list[str]:
-    """Cautions of columns, and then what lines and their cells have to tell, each once."""
-    told = [heading.caution for heading in table.headings if heading.caution]
+def _footnotes(table: Table, places: Sequence[int]) -> list[str]:
+    """Cautions of shown columns, and then what lines and their cells have to tell, each once."""
+    shown = [table.headings[place] for place in places]
+    told = [heading.caution for heading in shown if heading.caution]
     if table.footnotes:
         for line in table.lines:
-            told += [note for cell in line.cells if (note := _footnote(line, cell))]
+            cells = [line.cells[place] for place in places]
+            told += [note for cell in cells if (note := _footnote(line, cell))]
             told += [line.note] if line.note else []
     return list(dict.fromkeys(told))
 

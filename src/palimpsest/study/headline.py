@@ -88,7 +88,6 @@ def closer(summaries: Sequence[Summary]) -> Table:
             *(column.heading() for column in columns),
         ],
         lines=[summary.line(*(summary.values[c.key] for c in columns)) for summary in summaries],
-        footnotes=False,
         views=("page", "terminal", "latex"),
     )
 

@@ -107,6 +107,7 @@ class Reading:
         return np.array([found[fact] for fact in facts]), chance
 
 
+@lru_cache(maxsize=2)
 def recoverable(results: Results) -> dict[str, Estimate]:
     """By run what can be recovered from the whole changed model, chance-corrected, in [0, 1].
 
@@ -175,7 +176,8 @@ def _by_run(
     made = {}
     for run in results.runs:
         some = kept(found.get(run.run_id, ()))
-        lacking = [name for name in FAMILIES if not _valued(some, name)]
+        present = {reading.place.family for reading in _usable(some)}
+        lacking = [name for name in FAMILIES if name not in present]
         if run.run_id in seen:
             made[run.run_id] = Estimate(None, note=FITTED)
         elif lacking:
@@ -186,13 +188,11 @@ def _by_run(
     return made
 
 
-def _valued(found: Sequence[Reading], family: str) -> bool:
-    """Whether a family of attacks has values, and a chance to set them against."""
-    return any(
-        len(reading.facts) and reading.baseline is not None
-        for reading in found
-        if reading.place.family == family
-    )
+def _usable(found: Sequence[Reading]) -> list[Reading]:
+    """Places with a chance to set them against, and values for half of the facts."""
+    every = {fact for reading in found for fact in reading.facts}
+    known = [reading for reading in found if reading.facts and reading.baseline is not None]
+    return [reading for reading in known if 2 * len(reading.facts) >= len(every)]
 
 
 def recoverable_beyond(results: Results, run_id: str, other: str) -> Estimate:
@@ -202,8 +202,11 @@ def recoverable_beyond(results: Results, run_id: str, other: str) -> Estimate:
     facts that have a value at all of them. The interval is over facts, each with its value on both
     sides.
     """
-    found = readings(results)
-    sides = [found.get(each, ()) for each in (run_id, other)]
+    found, whole = readings(results), recoverable(results)
+    for name in (run_id, other):
+        if whole[name].value is None:
+            return Estimate(None, note=whole[name].note)
+    sides = [found.get(name, ()) for name in (run_id, other)]
     if not all(reading.alike for side in sides for reading in side):
         return Estimate(None, note=UNLIKE)
     shared = set.intersection(*({reading.place[1:] for reading in side} for side in sides))
@@ -215,7 +218,7 @@ def recoverable_beyond(results: Results, run_id: str, other: str) -> Estimate:
     assert isinstance(first, Attacked)
     assert isinstance(second, Attacked)
     facts = sorted({*first.facts} & {*second.facts})
-    lacking = len({*first.facts} | {*second.facts}) - len(facts)
+    lacking = len({fact for side in alike for r in side for fact in r.facts}) - len(facts)
     if len(facts) < LEAST:
         return Estimate(None, note=f"fewer than {LEAST} facts have a value on both sides")
     one, two = (each.of(facts).told() for each in (first, second))
@@ -232,7 +235,7 @@ def recoverable_beyond(results: Results, run_id: str, other: str) -> Estimate:
 
 def left_out(facts: int) -> str | None:
     """What to say of facts that cannot be compared; None if there are none."""
-    return f"facts with a value on one side only are left out: {facts}" if facts else None
+    return f"facts without a value on both sides are left out: {facts}" if facts else None
 
 
 def profiles(results: Results) -> dict[str, dict[str, Estimate]]:
@@ -349,8 +352,8 @@ class Attacked:
         out everywhere, so that all places are judged by the same facts.
         """
         every = {fact for reading in found for fact in reading.facts}
-        usable = [r for r in found if r.baseline is not None and 2 * len(r.facts) >= len(every)]
-        if not usable or not every:
+        usable = _usable(found)
+        if not usable:
             return Estimate(None, note="no attacks were measured")
         facts = tuple(sorted(set.intersection(*(set(reading.facts) for reading in usable))))
         if len(facts) < LEAST:
