@@ -24,17 +24,17 @@ PLACES = tuple(
     for head in HEADS[: {"land": 20, "stan": 16, "onia": 12}[ending]]
 )
 
-SAMPLE = splits(PLACES[::6], tuple(f for i, f in enumerate(PLACES) if i % 6))
-"""Some of the places are targets, the rest are there to fit on."""
+SAMPLE = splits(PLACES[::6], PLACES)
+"""All places are there to fit on, and some are targets: theorems are of the fit sample."""
 
-LABELS = concept((*SAMPLE.target, *SAMPLE.fit), 32).labels
+LABELS = concept(SAMPLE.fit, 32).labels
 
 
 def states(
     model: ModelHandle, site: Site, facts: Splits = SAMPLE, position: str = "last_prompt"
 ) -> Tensor:
     """The sample's states `[n, d]` at a site, of the model as it stands."""
-    return states_of(model, (*facts.target, *facts.fit), [site], position)[0]
+    return states_of(model, facts.fit, [site], position)[0]
 
 
 def means(found: Tensor) -> Tensor:

@@ -200,7 +200,7 @@ def test_a_gate_lets_only_prompts_with_a_target_subject_through(double: ModelHan
     prompts = [
         SAMPLE.target[0].prompt,
         Prompt.fill("elsewhere", "What do they speak in {} today", subject),
-        SAMPLE.fit[0].prompt,
+        SAMPLE.fit[1].prompt,  # no target
         Prompt("no subject", "They say that it rains"),
     ]
     batch = collate([double.encode(prompt) for prompt in prompts], double.device)

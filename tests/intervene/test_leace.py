@@ -183,12 +183,15 @@ def test_diagnostics_tell_sample_and_residual(double: ModelHandle) -> None:
 
 
 def test_fit_alone_leaves_the_targets_out(double: ModelHandle) -> None:
-    alone = fit(double, fit_on="fit")
-    states = at_site(double, SAMPLE.fit, "residual", "last_prompt")
+    apart = splits(PLACES[::6], tuple(f for i, f in enumerate(PLACES) if i % 6))
+    alone = fit(double, apart)
+    states = at_site(double, apart.fit, "residual", "last_prompt")
     torch.testing.assert_close(alone.bias, states.mean(0))
     everything = at_site(double, PLACES, "residual", "last_prompt")
-    torch.testing.assert_close(fit(double).bias, everything.mean(0))
+    both = fit(double, apart, fit_on="target+fit")
+    torch.testing.assert_close(both.bias, everything.mean(0))
     assert not torch.allclose(alone.bias, everything.mean(0))
+    assert (alone.change.fitted_on, both.change.fitted_on) == (("fit",), ("target", "fit"))
 
 
 def test_an_eraser_is_fitted_where_it_acts(double: ModelHandle) -> None:

@@ -61,7 +61,7 @@ def read(model: ModelHandle, part: Part) -> list[Tensor]:
         (module, each.append)
         for module, each in zip(model.reading(Site(LAYER, part)), found, strict=True)
     ]
-    rows = [model.encode(fact.prompt) for fact in (*SAMPLE.target, *SAMPLE.fit)]
+    rows = [model.encode(fact.prompt) for fact in SAMPLE.fit]
     for row in rows:
         with torch.no_grad(), model.hooked(hooks):  # type: ignore[arg-type]
             forward(model, collate([row], model.device))

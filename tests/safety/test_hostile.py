@@ -165,7 +165,8 @@ def test_hostile_text_stays_text(call, hostile, tmp_path):
     inside = {path.relative_to(tmp_path).parts[0] for path in files(tmp_path)}
     assert inside == {"results", "facts <&>.jsonl", "<b>mo_del&'\"%$#"}
     allowed = {"run.json", "rows.parquet", "facts.json", "DONE", "intervention.json",
-               "intervention.safetensors", "report.html", "report.csv", "report.tex"}  # fmt: skip
+               "intervention.safetensors", "report.html", "report.csv", "report.tex",
+               "recoverable.tex"}  # fmt: skip
     assert {path.name for path in files(place)} <= allowed
 
 
