@@ -6,12 +6,12 @@
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import norm
 
-from palimpsest.study.intervals import CLUSTERS, Floats, Relations, interval
+from palimpsest.study.intervals import CLUSTERS, Floats, Relations, intervals
 from palimpsest.study.recoverable import FOLDS, REPEATS, Place, Told, cross_fitted
 
 
@@ -24,6 +24,7 @@ class World(NamedTuple):
         relations: that they are spread over.
         alike: intra-class correlation of chances within a relation.
         prompts: of each fact; the fact's value is the share of hits among them.
+        equal: whether relations have as many facts each; else the last has most, the first least.
     """
 
     p: float
@@ -31,25 +32,57 @@ class World(NamedTuple):
     relations: int = 1
     alike: float = 0.0
     prompts: int = 1
+    equal: bool = True
+
+    @property
+    def index(self) -> Any:
+        """Each fact's relation by number: int `[facts]`."""
+        if self.equal:
+            return np.arange(self.facts) % self.relations
+        weights = np.arange(1, self.relations + 1)
+        sizes = np.maximum(1, self.facts * weights // weights.sum())
+        sizes[-1] += self.facts - sizes.sum()
+        return np.repeat(np.arange(self.relations), sizes)
 
     @property
     def names(self) -> Relations:
         """Each fact's relation."""
-        return tuple(f"P{n % self.relations}" for n in range(self.facts))
+        return tuple(f"P{n}" for n in self.index)
 
-    def draw(self, random: np.random.Generator) -> tuple[Floats, float]:
-        """Values `[facts]`, and the truth that the interval is conditional on."""
-        chances = _spread(np.full(self.relations, self.p), self.alike, random)
-        own = chances[np.arange(self.facts) % self.relations]
-        truth = self.p if self.relations >= CLUSTERS else float(own.mean())
+    def draw(self, random: np.random.Generator, samples: int) -> tuple[Floats, Floats]:
+        """Values `[samples, facts]`, and the truths that the intervals are conditional on."""
+        chances = _spread(np.full((samples, self.relations), self.p), self.alike, random)
+        own = chances[:, self.index]
+        truths = np.full(samples, self.p) if self.relations >= CLUSTERS else own.mean(1)
         if self.prompts > 1:
             own = _spread(own, 0.3, random)
-        return random.binomial(self.prompts, own) / self.prompts, truth
+        return random.binomial(self.prompts, own) / self.prompts, truths
+
+    def changed(
+        self, rate: float, random: np.random.Generator, samples: int
+    ) -> tuple[Floats, Floats]:
+        """Differences `[samples, facts]` of a second method's hits, and the truths.
+
+        Args:
+            rate: the mean chance that a hit becomes a miss; a miss becomes a hit half as often. It
+                varies between relations as `p` does.
+            random: what draws.
+            samples: how many.
+        """
+        wide = samples, self.relations
+        chances = _spread(np.full(wide, self.p), self.alike, random)[:, self.index]
+        rates = _spread(np.full(wide, rate), self.alike, random)[:, self.index]
+        hits = random.random(chances.shape) < chances
+        flipped = random.random(chances.shape) < np.where(hits, rates, rates / 2)
+        meant = (1 - chances) * rates / 2 - chances * rates
+        overall = (1 - self.p) * rate / 2 - self.p * rate
+        truths = np.full(samples, overall) if self.relations >= CLUSTERS else meant.mean(1)
+        return (hits ^ flipped).astype(float) - hits, truths
 
 
 def _spread(chances: Floats, alike: float, random: np.random.Generator) -> Floats:
     """Chances drawn around others by a beta distribution of this intra-class correlation."""
-    if not alike:
+    if not alike or not chances.any():
         return chances
     scale, inner = (1 - alike) / alike, np.clip(chances, 1e-6, 1 - 1e-6)
     drawn: Floats = random.beta(inner * scale, (1 - inner) * scale)
@@ -58,43 +91,22 @@ def _spread(chances: Floats, alike: float, random: np.random.Generator) -> Float
 
 def coverage(world: World, samples: int, seed: int) -> float:
     """The share of samples whose interval of a share holds the truth."""
-    random, held = np.random.default_rng(seed), 0
-    for _ in range(samples):
-        values, truth = world.draw(random)
-        low, high = interval(values, world.names, kind="share", trials=world.facts * world.prompts)
-        assert low is not None
-        assert high is not None
-        assert low < high
-        held += low <= truth <= high
-    return held / samples
+    values, truths = world.draw(np.random.default_rng(seed), samples)
+    trials = np.full(samples, float(world.facts * world.prompts))
+    return _held(np.array(intervals(values, world.names, "mean", "share", trials)), truths)
 
 
-def paired_coverage(
-    p: float, changed: float, facts: int, samples: int, seed: int, relations: int = 1
-) -> float:
-    """The same of differences: a second method flips some hits and misses of a first one.
+def paired_coverage(world: World, changed: float, samples: int, seed: int) -> float:
+    """The same of differences: a second method flips some hits and misses of a first one."""
+    values, truths = world.changed(changed, np.random.default_rng(seed), samples)
+    return _held(np.array(intervals(values, world.names, "mean", "difference")), truths)
 
-    Args:
-        p: the first one's chance of a hit.
-        changed: the chance that a hit becomes a miss; a miss becomes a hit half as often.
-        facts: how many there are.
-        samples: to draw.
-        seed: of all that is drawn.
-        relations: that the facts are spread over.
-    """
-    random, held = np.random.default_rng(seed), 0
-    names = tuple(f"P{n % relations}" for n in range(facts))
-    truth = -p * changed + (1 - p) * changed / 2
-    for _ in range(samples):
-        first = random.random(facts) < p
-        flipped = random.random(facts) < np.where(first, changed, changed / 2)
-        difference = (first ^ flipped).astype(float) - first
-        low, high = interval(difference, names, kind="difference")
-        assert low is not None
-        assert high is not None
-        assert low < high
-        held += low <= truth <= high
-    return held / samples
+
+def _held(ends: Floats, truths: Floats) -> float:
+    """How many intervals `[samples, 2]` hold the truth; none may be a point or lacking."""
+    low, high = ends.astype(float).T
+    assert (low < high).all()
+    return float(((low <= truths) & (truths <= high)).mean())
 
 
 # -- the strongest of many places ------------------------------------------------------------------
@@ -137,8 +149,31 @@ def chosen_best(table: Floats, dev: Floats, random: np.random.Generator) -> Floa
 
 
 def chosen_on_dev(table: Floats, dev: Floats, random: np.random.Generator) -> Floats:
-    """The best place on dev facts."""
+    """The best place on 16 dev facts."""
+    told: Floats = table[int(dev[:, :16].mean(1).argmax())]
+    return told
+
+
+def chosen_on_more(table: Floats, dev: Floats, random: np.random.Generator) -> Floats:
+    """The best place on all 24 dev facts."""
     told: Floats = table[int(dev.mean(1).argmax())]
+    return told
+
+
+def chosen_once(table: Floats, dev: Floats, random: np.random.Generator) -> Floats:
+    """For each of six folds of the facts, the best place on the others."""
+    return _folded(table, random.permutation(table.shape[1]) % 6)
+
+
+def chosen_by_others(table: Floats, dev: Floats, random: np.random.Generator) -> Floats:
+    """For each fact, the best place on all others."""
+    return _folded(table, np.arange(table.shape[1]))
+
+
+def _folded(table: Floats, fold: Any) -> Floats:
+    told = np.empty(table.shape[1])
+    for n in range(fold.max() + 1):
+        told[fold == n] = table[table[:, fold != n].mean(1).argmax()][fold == n]
     return told
 
 
@@ -152,6 +187,9 @@ def chosen_by_folds(table: Floats, dev: Floats, random: np.random.Generator) -> 
 ESTIMATORS = {
     "best, less optimism": chosen_best,
     "chosen on 16 dev facts": chosen_on_dev,
+    "on 24 dev facts": chosen_on_more,
+    "cross-fitted, one deal to 6 folds": chosen_once,
+    "leaving one out": chosen_by_others,
     f"cross-fitted, {REPEATS} deals to {FOLDS} folds": chosen_by_folds,
 }
 PLACES = 132
@@ -178,7 +216,7 @@ def told(draw: Draw, truth: float, name: str, facts: int, samples: int, seed: in
     random, estimator = np.random.default_rng(seed), ESTIMATORS[name]
     means, held = [], 0
     for _ in range(samples):
-        table, dev = draw(random, facts), draw(random, 16)
+        table, dev = draw(random, facts), draw(random, 24)
         values = estimator(table, dev, random)
         low, high = Told(np.clip(values, 0, 1), ("r",) * facts, Place("", None, ""), 1.0).ends
         assert low is not None
@@ -192,38 +230,41 @@ def told(draw: Draw, truth: float, name: str, facts: int, samples: int, seed: in
 # -- the tables ------------------------------------------------------------------------------------
 
 
+CHANCES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95, 0.98)
+CHANGED = (0.0, 0.02, 0.1, 0.3, 0.6, 0.98)
+
+
+def worlds() -> Iterator[World]:
+    """Numbers of facts and of relations, alike or not, of equal size or not; p is left open."""
+    for facts, relations, icc, equal in product(
+        (12, 24, 96, 384), (1, 3, 6, 10, 12), (0.0, 0.1, 0.3), (True, False)
+    ):
+        if facts >= 2 * relations and not (relations == 1 and (icc or not equal)):
+            yield World(0.5, facts, relations, icc, equal=equal)
+
+
 def lines(samples: int) -> Iterator[str]:
     """All tables, in Markdown."""
-    yield "Shares: least coverage over p = .02, .05, .2, .5, .8, .95, .98"
-    yield "| facts | relations | alike | 1 prompt | 3 prompts |"
-    yield "|---|---|---|---|---|"
-    for facts, relations, icc in product((12, 24, 96, 384), (1, 3, 10, 12), (0.0, 0.1, 0.3)):
-        if facts <= relations * (icc > 0) or (relations == 1 and icc):
-            continue
-        worst = [
-            min(
-                coverage(World(p, facts, relations, icc, prompts), samples, 0)
-                for p in (0.02, 0.05, 0.2, 0.5, 0.8, 0.95, 0.98)
-            )
+    yield "Least coverage of shares over p, and of differences over p and the share of hits changed"
+    yield "| facts | relations | sizes | alike | 1 prompt | 3 prompts | differences |"
+    yield "|---|---|---|---|---|---|---|"
+    for world in worlds():
+        some = [world._replace(p=p) for p in CHANCES]
+        least = [
+            min(coverage(each._replace(prompts=prompts), samples, 0) for each in some)
             for prompts in (1, 3)
         ]
-        yield f"| {facts} | {relations} | {icc} | " + " | ".join(f"{w:.3f}" for w in worst) + " |"
-    yield ""
-    yield "Differences: coverage where a second method changes 0, .1, .3, .6 of the hits"
-    yield "| facts | relations | p | 0 | .1 | .3 | .6 |"
-    yield "|---|---|---|---|---|---|---|"
-    for facts, relations, p in product((12, 24, 96, 384), (1, 12), (0.05, 0.5, 0.95)):
-        each = [
-            paired_coverage(p, changed, facts, samples, 0, relations)
-            for changed in (0.0, 0.1, 0.3, 0.6)
-        ]
-        yield f"| {facts} | {relations} | {p} | " + " | ".join(f"{c:.3f}" for c in each) + " |"
+        pairs = product(some[::2], CHANGED)
+        least.append(min(paired_coverage(each, rate, samples, 0) for each, rate in pairs))
+        sizes = "equal" if world.equal else "unequal"
+        told_of = " | ".join(f"{share:.3f}" for share in least)
+        yield f"| {world.facts} | {world.relations} | {sizes} | {world.alike} | {told_of} |"
     yield ""
     yield f"The strongest of {PLACES} places: bias, root mean square error, coverage"
     yield "| world | facts | " + " | ".join(ESTIMATORS) + " |"
-    yield "|---|---|---|---|---|"
+    yield "|---|---|" + "---|" * len(ESTIMATORS)
     for (name, (draw, truth)), facts in product(WORLDS.items(), (24, 96)):
-        cells = [told(draw, truth, each, facts, samples // 2, 0) for each in ESTIMATORS]
+        cells = [told(draw, truth, each, facts, samples // 8, 0) for each in ESTIMATORS]
         shown = " | ".join(f"{c.bias:+.3f}, {c.error:.3f}, {c.coverage:.3f}" for c in cells)
         yield f"| {name} | {facts} | {shown} |"
 
@@ -231,7 +272,7 @@ def lines(samples: int) -> Iterator[str]:
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=500)
+    parser.add_argument("--samples", type=int, default=2000)
     for line in lines(parser.parse_args().samples):
         print(line, flush=True)
 

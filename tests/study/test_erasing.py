@@ -13,6 +13,7 @@ from scipy.stats import spearmanr
 from palimpsest.record.results import Run, load_runs
 from palimpsest.record.row import Row
 from palimpsest.study.erasing import Agreement, Erasing, agreements, correlated
+from palimpsest.study.intervals import STEADY
 from tests.study.reading import csv_of, of, printed, write_report
 from tests.study.test_localization import traced, written
 
@@ -148,3 +149,12 @@ def test_every_view_shows_it(sweep: list[Run], tmp_path: Path) -> None:
     assert "Does localization tell where to erase?" in page
     assert (tmp_path / "erasing.csv").is_file()
     assert "probe removed" in printed(of(*sweep), 140)
+
+
+def test_layers_that_every_resample_orders_alike_have_no_interval():
+    """The bootstrap said 1.0 to 1.0 of five layers; p, over layers, is 2 of 120."""
+    table = {layer: {f"f{n}": layer + n / 100 for n in range(20)} for layer in range(5)}
+    found, p = correlated(table, table)
+    assert (found.value, found.low, found.high) == (pytest.approx(1.0), None, None)
+    assert found.note == STEADY
+    assert p == pytest.approx(2 / 120)

@@ -13,7 +13,7 @@ import numpy as np
 
 from palimpsest.record.results import Results, Run, sql_text
 from palimpsest.study.comparable import asked, compared
-from palimpsest.study.intervals import Estimate, Floats, resampling
+from palimpsest.study.intervals import STEADY, Estimate, Floats, ends, resampling
 from palimpsest.study.localization import among, layer_of, protocols_of, traces_of
 from palimpsest.study.ranks import spearman
 from palimpsest.study.study import Block, Study
@@ -39,8 +39,10 @@ _CAPTION = (
     "indirect effect with what erasing at that layer brought, a mean over facts that no fit has "
     "seen. Removed from probes: what probes trained anew after the erasure lose at the deepest "
     "measured layer; answers removed: what the model no longer says of the relation; cost "
-    "elsewhere: what it no longer says of other relations. Small type: 95% intervals over facts; p "
-    "is of the permutation test over layers, and with many lines some are small by chance. "
+    "elsewhere: what it no longer says of other relations. Small type: 95% intervals, facts "
+    "resampled, conditional on these layers; p: the permutation test over layers, conditional on "
+    "these facts. The two answer different questions and may disagree; with many lines some p are "
+    "small by chance. "
     "erasing.csv has the values by layer too."
 )
 
@@ -84,8 +86,10 @@ class Agreement:
         effects: AIE by layer.
         outcomes: by layer, the mean over held-out facts of unchanged less erased.
         correlation: Spearman's over layers, n being their number, with a bootstrap interval over
-            the traced and the held-out facts.
-        p: two-sided, of the permutation test over layers; None without a correlation.
+            the traced and the held-out facts, conditional on the layers; no interval where nearly
+            all resamples order the layers alike.
+        p: two-sided, of the permutation test over layers, conditional on the facts; None without a
+            correlation.
     """
 
     method: str
@@ -168,11 +172,12 @@ def correlated(effects: ByLayer, outcomes: ByLayer) -> tuple[Estimate, float | N
         return Estimate(None, n=n, note="the same value at every layer"), None
     drawn = spearman(effects_drawn, outcomes_drawn)
     drawn = drawn[np.isfinite(drawn)]
-    low, high = np.quantile(drawn, [0.025, 0.975])
+    low, high = ends(drawn)
+    note = None if low is not None else STEADY
     orders = np.array(list(permutations(range(n)))) if n <= _EXACT else _orders(n)
     others = spearman(np.broadcast_to(effect, orders.shape), outcome[orders])
     p = float(np.mean(np.abs(others) >= abs(value) - _ROUNDING))
-    return Estimate(value, float(low), float(high), n), p
+    return Estimate(value, low, high, n, note), p
 
 
 def _orders(n: int) -> Any:

@@ -30,7 +30,10 @@ RESAMPLES = 2000
 """Bootstrap samples behind the interval of a number that is no share."""
 
 _FEW = 6
-"""Hits or misses, below which the data say little of how much facts of a relation are alike."""
+"""Effective hits or misses, below which the data say little of how alike facts of a relation are.
+
+Found by simulation: with 4, coverage is as good for shares and lower for differences.
+"""
 
 _ALIKE = 0.3
 """Their intra-class correlation then, where relations are the unit: a large one, to be safe."""
@@ -38,6 +41,7 @@ _ALIKE = 0.3
 _LEVEL = 0.975
 """Of the upper end."""
 
+_ROUNDING = 1e-9
 _SEED = 20_220_210
 _TOGETHER = 256
 """Quantities whose resamples are held at once."""
@@ -214,17 +218,13 @@ def _of_shares(values: Floats, relations: Relations, trials: Floats) -> tuple[Fl
     """Clopper and Pearson's interval at the effective sample size (Korn, Graubard 1998, §3).
 
     The effective size is n over the design effect: the variance of the mean as the facts are
-    sampled, over that of n independent hits or misses. Near 0 and 1, where the data cannot tell it,
-    facts within a relation count as alike (relations are the unit) or as independent (facts are).
+    sampled, over that of n independent hits or misses.
     """
     mean, n = values.mean(1), values.shape[1]
-    variance, freedom, units = _variance(values, relations)
-    simple = mean * (1 - mean) / (n - 1)
-    few = n * np.minimum(mean, 1 - mean) < _FEW
-    effect = np.divide(variance, simple, out=np.ones_like(mean), where=simple > 0)
-    if units < n:
-        effect = np.maximum(effect, np.where(few, 1 + (n / units - 1) * _ALIKE, 1.0))
-    size = np.minimum(n / np.maximum(effect, 1e-9), np.where(few, n, np.maximum(trials, n)))
+    variance, freedom, crowd = _variance(values, relations)
+    rare = n * np.minimum(mean, 1 - mean)
+    effect = _effect(variance, mean * (1 - mean) / (n - 1), rare, crowd)
+    size = np.minimum(n / effect, np.where(rare < _FEW, n, np.maximum(trials, n)))
     size = size * (t.ppf(_LEVEL, n - 1) / t.ppf(_LEVEL, freedom)) ** 2
     hits = mean * size
     low = np.where(mean > 0, beta.ppf(1 - _LEVEL, hits, size - hits + 1), 0.0)
@@ -233,38 +233,65 @@ def _of_shares(values: Floats, relations: Relations, trials: Floats) -> tuple[Fl
 
 
 def _of_differences(values: Floats, relations: Relations) -> tuple[Floats, Floats]:
-    """By t, with a pseudo-fact that gains and one that loses (Agresti, Min 2005, for pairs)."""
-    n = values.shape[1]
-    variance, freedom, _ = _variance(values, relations)
-    center = values.sum(1) / (n + 2)
-    spread = np.sqrt(variance * (n / (n + 2)) ** 2 + 2 / (n + 2) ** 2)
+    """By t, with a pseudo-fact that gains and one that loses (Agresti, Min 2005, for pairs).
+
+    They are added to as many facts as the effective sample size has, so that they weigh as much as
+    relations do where these are the unit.
+    """
+    mean, n = values.mean(1), values.shape[1]
+    variance, freedom, crowd = _variance(values, relations)
+    rare = np.min([np.abs(values - same).sum(1) for same in (-1, 0, 1)], axis=0)
+    simple = values.var(1, ddof=1) / n
+    effect = _effect(variance, simple, rare, crowd)
+    size = n / effect if crowd > 1 else np.full_like(mean, n)
+    variance = simple * effect if crowd > 1 else variance
+    center = mean * size / (size + 2)
+    spread = np.sqrt(variance * (size / (size + 2)) ** 2 + 2 / (size + 2) ** 2)
     width = t.ppf(_LEVEL, freedom) * spread
-    mean = values.mean(1)
     low, high = np.minimum(center - width, mean), np.maximum(center + width, mean)
     return np.maximum(low, -1.0), np.minimum(high, 1.0)
 
 
-def _variance(values: Floats, relations: Relations) -> tuple[Floats, int, int]:
-    """Of the mean, `[quantities]`; its degrees of freedom, and the number of sampling units.
+def _effect(variance: Floats, simple: Floats, rare: Floats, crowd: float) -> Floats:
+    """The design effect: the variance of the mean over that of n independent facts.
+
+    Where relations are the unit it is at least 1, and, where too few facts are unlike the others
+    for the data to tell it, at least that of facts that are much alike.
+
+    Args:
+        variance: of the mean, `[quantities]`.
+        simple: the same if facts were independent.
+        rare: how many facts, or parts of them, are unlike the others.
+        crowd: how many facts the relation of an average fact has; 1 where facts are the unit.
+    """
+    effect = np.divide(variance, simple, out=np.ones_like(simple), where=simple > 0)
+    if crowd > 1:
+        assumed = 1 + (crowd - 1) * _ALIKE
+        effect = np.maximum(effect, np.where(rare < _FEW * assumed, assumed, 1.0))
+    return np.maximum(effect, 1e-9)
+
+
+def _variance(values: Floats, relations: Relations) -> tuple[Floats, float, float]:
+    """Of the mean, `[quantities]`; its degrees of freedom; how many facts share a sampling unit.
 
     Relations are the units if there are ten or more, and strata if there are fewer: those of one
-    fact then have the variance of all facts.
+    fact then have the variance of all facts. Relations of unequal size count as fewer (Kish 1965).
     """
     n = values.shape[1]
     names, index = np.unique([name or "" for name in relations], return_inverse=True)
     member = np.eye(len(names))[index]
+    sizes = member.sum(0)
     if len(names) >= CLUSTERS:
         totals = (values - values.mean(1, keepdims=True)) @ member
-        units = len(names)
-        return units / (units - 1) * (totals**2).sum(1) / n**2, units - 1, units
+        units, crowd = len(names), float((sizes**2).sum() / n)
+        return units / (units - 1) * (totals**2).sum(1) / n**2, max(n / crowd - 1, 1.0), crowd
     overall = values.var(1, ddof=1)
-    sizes = member.sum(0)
-    freedom = int((sizes - 1).sum())
+    freedom = float((sizes - 1).sum())
     if not freedom:
-        return overall / n, n - 1, n
+        return overall / n, n - 1, 1.0
     own = values - (values @ member / sizes) @ member.T
     within = np.where(sizes > 1, (own**2) @ member / np.maximum(sizes - 1, 1), overall[:, None])
-    return (within * sizes).sum(1) / n**2, freedom, n
+    return (within * sizes).sum(1) / n**2, freedom, 1.0
 
 
 def _bootstrapped(values: Floats, relations: Relations, center: Center) -> list[Ends]:
@@ -284,6 +311,18 @@ def _bootstrapped(values: Floats, relations: Relations, center: Center) -> list[
         (None, None) if same else (float(a), float(b))
         for a, b, same in zip(low, high, point, strict=True)
     ]
+
+
+STEADY = "no interval: nearly all resamples of the facts give the same value"
+"""What is said of a statistic whose bootstrap interval would be a point."""
+
+
+def ends(drawn: Floats) -> Ends:
+    """The 95% percentile interval of a statistic's values `[resamples]`; none if it is a point."""
+    if not len(drawn):
+        return None, None
+    low, high = np.quantile(drawn, [1 - _LEVEL, _LEVEL])
+    return (float(low), float(high)) if high - low > _ROUNDING else (None, None)
 
 
 def varies(relations: Relations) -> bool:

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from scipy.special import fdtrc
 
-from palimpsest.study.intervals import Estimate, Floats, resampling
+from palimpsest.study.intervals import STEADY, Estimate, Floats, ends, resampling
 from palimpsest.study.ranks import repeated, spearman
 
 Verdict = Literal["undecided", "adds nothing that matters", "adds"]
@@ -330,8 +330,9 @@ def _estimate(samples: Floats, n: int, note: str, place: str | None = None) -> E
     known = samples[1:][~np.isnan(samples[1:])]
     if not len(known):
         return Estimate(float(samples[0]), n=n, place=place)
-    low, high = np.quantile(known, [0.025, 0.975])
-    return Estimate(float(samples[0]), float(low), float(high), n, place=place)
+    low, high = ends(known)
+    steady = None if low is not None else STEADY
+    return Estimate(float(samples[0]), low, high, n, steady, place)
 
 
 def _undecidable(facts: int, ceiling: float, spread: float, varies: bool) -> str | None:
