@@ -183,7 +183,7 @@ def _add_measure(commands: Commands) -> None:
     parser = _command(
         commands,
         "measure",
-        "measure finished runs further, from their saved interventions; nothing is fitted",
+        "measure finished runs further, from their saved interventions",
     )
     parser.intermixed = True
     parser.add_argument("directory", type=Path, help="a sweep's directory, or one run's")
