@@ -173,6 +173,8 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "description not text": lambda d: (d / DESCRIPTION).write_bytes(b"\xff\xfe\x00"),
     "description a list": lambda d: (d / DESCRIPTION).write_text("[1, 2]"),
     "description null": lambda d: (d / DESCRIPTION).write_text("null"),
+    "splits in letters": lambda d: edit(d, lambda j: j["change"].update(fitted_on="target")),
+    "an unknown split": lambda d: edit(d, lambda j: j["change"].update(fitted_on=["all"])),
     "unknown kind": lambda d: edit(d, lambda j: j.update(kind="quantum")),
     "another kind": lambda d: edit(d, lambda j: j.update(kind="erasure")),
     "no kind": lambda d: edit(d, lambda j: j.pop("kind")),

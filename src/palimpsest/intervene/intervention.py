@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.errors import RequestError, visible
+from palimpsest.facts.dataset import SPLITS
 from palimpsest.facts.splits import Splits
 from palimpsest.files import atomic, write_json
 from palimpsest.intervene.moments import SampledMoments
@@ -242,7 +243,10 @@ def described(description: Mapping[str, Any]) -> Change:
     """
     told = dict(description["change"])
     unknown = ["target", "fit"] if told["scope"] == "relation" else []
-    change = Change(**told | {"fitted_on": tuple(told.get("fitted_on", unknown))})
+    fitted_on = told.get("fitted_on", unknown)
+    if not isinstance(fitted_on, list) or not set(fitted_on) <= set(SPLITS):
+        raise TypeError("fitted_on is no list of splits")
+    change = Change(**told | {"fitted_on": tuple(fitted_on)})
     named: list[tuple[str, tuple[str, ...]]] = [
         (change.scope, ("fact", "relation")),
         (change.part, get_args(Part)),
